@@ -1,0 +1,567 @@
+"""Preference data: read, check, tokenize, truncate, collate; and the built-in synthetic preferences.
+
+A pair travels as text {prompt, chosen, rejected} -> three lists of token ids (`Pair`) -> one row of a batch:
+prompt + chosen + rejected, so that the prompt, most of the tokens in multi-turn data, is computed once. Position ids of
+rejected restart where the prompt ends, and a mask lets each token see those before it, except that rejected never sees
+chosen. Nothing after model.py knows about tokens.
+
+The rules, each with a test of its name: message lists go through the chat template as whole conversations and get no
+further special tokens; plain strings are plain text, one BOS in front if the tokenizer has one, one end token behind;
+control tokens written inside a text are encoded as text, so that nobody can forge a turn; prompt and response are split
+on token ids; a response has exactly one end token, supervised, unless it was truncated; padding is known by length, never
+by id. Pairs with an empty response, with identical responses (before or after truncation: their margin is exactly 0), or with
+unequal prompts are dropped and counted by reason. Bad files raise ValueError naming file and line.
+"""
+
+import gzip
+import hashlib
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, Iterator, NamedTuple
+
+import torch
+from torch import Tensor
+
+HH_MARK = "\n\nAssistant:"
+FORMATS = (
+    'give {"prompt", "chosen", "rejected"} as strings or as message lists, {"chosen", "rejected"} as message lists that '
+    "begin alike, or Anthropic HH transcripts"
+)
+
+
+class Pair(NamedTuple):
+    """One preference pair as token ids. source: "file:line"; row: its place among the rows read."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    source: str
+    row: int
+
+    @property
+    def size(self) -> int:
+        """Tokens of the row that holds the prompt once."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+# ---------------------------------------------------------------------------------------------------------------- read
+
+
+def read_preferences(source: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """Rows {prompt, chosen, rejected, source} from a .json or .jsonl file (or .gz of either), or from a dataset on the hub.
+
+    source: a path; or "owner/name", or "owner/name:file/in/it.jsonl.gz" where the repository holds several such files.
+    prompt, chosen, rejected: strings, or a message list and two messages. limit: only the first K rows.
+    """
+    path = Path(source)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", source):
+        path = _download(source)
+    if not path.is_file():
+        raise ValueError(
+            f"{source}: no such file; give a .json or .jsonl file (or .gz of either), or a dataset id owner/name"
+        )
+    rows = []
+    for place, value in _json_values(path):
+        if limit is not None and len(rows) == limit:
+            break
+        rows.append(_recognise(value, place) | {"source": place})
+    if not rows:
+        raise ValueError(f"{source}: holds no pairs; {FORMATS}")
+    return rows
+
+
+def _download(source: str) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    name, _, file = source.partition(":")
+    try:
+        files = [
+            f for f in HfApi().list_repo_files(name, repo_type="dataset") if re.search(r"\.jsonl?(\.gz)?$", f)
+        ]
+        if not file and len(files) == 1:
+            file = files[0]
+        if file in files:
+            return Path(hf_hub_download(name, file, repo_type="dataset"))
+    except Exception as error:  # offline, no such repository, gated, ...: whatever the hub's client raises
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{source}: no such file, and the hub gave no such dataset ({type(error).__name__}: {reason})"
+        ) from None
+    if files:
+        raise ValueError(
+            f"{source}: name one of its files, as in {name}:{files[0]} (it holds {', '.join(files[:8])})"
+        )
+    raise ValueError(
+        f"{source}: holds no .json or .jsonl file; convert it first, for example with datasets' Dataset.to_json"
+    )
+
+
+def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, value) for each line of a .jsonl file or each item of a .json list."""
+
+    def unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(items)) < len(items):
+            raise ValueError(f"a key stands twice in {[key for key, _ in items]}")
+        return dict(items)
+
+    def parse(text: str, place: str) -> Any:
+        try:
+            return json.loads(text, object_pairs_hook=unique_keys)
+        except json.JSONDecodeError as error:
+            place = f"{path}:{error.lineno}" if place == str(path) else place
+            hint = "; one object a line belongs into a .jsonl file" if error.msg == "Extra data" else ""
+            raise ValueError(f"{place}: not JSON ({error.msg} at column {error.colno}){hint}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{place}: not usable JSON ({error})") from None
+
+    kind = re.search(r"\.(jsonl?)(\.gz)?$", path.name)
+    if not kind:
+        raise ValueError(f"{path}: the name must end in .json, .jsonl, .json.gz or .jsonl.gz")
+    try:
+        with (gzip.open if kind[2] else open)(path, "rt", encoding="utf-8-sig") as file:
+            if kind[1] == "jsonl":
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"{path}:{number}", parse(line, f"{path}:{number}")
+                return
+            values = parse(file.read(), str(path))
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(values, list):
+        raise ValueError(f"{path}: a .json file must hold one list of pairs, not {type(values).__name__}")
+    yield from ((f"{path}: item {number}", value) for number, value in enumerate(values, 1))
+
+
+def _recognise(row: Any, place: str) -> dict[str, Any]:
+    """One row in one of the FORMATS -> {prompt, chosen, rejected}, and "drop": reason if it is no usable pair."""
+    keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+    if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
+        raise ValueError(f"{place}: no preference pair (found {keys}); {FORMATS}")
+    values = [row[key] for key in ("chosen", "rejected", "prompt") if key in row]
+    if all(isinstance(value, str) for value in values):
+        if "prompt" in row:
+            prompts, answers = [row["prompt"]] * 2, [row["chosen"], row["rejected"]]
+        else:
+            if not all(HH_MARK in value for value in values):
+                raise ValueError(
+                    f"{place}: no prompt, and no {HH_MARK!r} to split a transcript at; {FORMATS}"
+                )
+            cuts = [value.rindex(HH_MARK) + len(HH_MARK) for value in values]
+            prompts = [value[:cut] for value, cut in zip(values, cuts)]
+            answers = [value[cut:] for value, cut in zip(values, cuts)]
+        texts = prompts + answers
+    elif all(isinstance(value, list) and value for value in values):
+        talks = [row.get("prompt", []) + row["chosen"], row.get("prompt", []) + row["rejected"]]
+        for message in talks[0] + talks[1]:
+            if not (
+                isinstance(message, dict)
+                and isinstance(message.get("role"), str)
+                and isinstance(message.get("content"), str)
+            ):
+                raise ValueError(
+                    f"{place}: a message must be {{role: text, content: text}}, not {str(message)[:80]}"
+                )
+            if extra := message.keys() - {"role", "content"}:
+                raise ValueError(
+                    f"{place}: messages with {sorted(extra)} are not supported; leave role and content"
+                )
+        prompts, answers = [talk[:-1] for talk in talks], [talk[-1] for talk in talks]
+        if any(answer["role"] != "assistant" for answer in answers):
+            raise ValueError(f"{place}: chosen and rejected must end with a message of role assistant")
+        texts = [message["content"] for message in talks[0] + talks[1]]
+    else:
+        kinds = {key: type(row[key]).__name__ for key in ("prompt", "chosen", "rejected") if key in row}
+        raise ValueError(f"{place}: {kinds} are not all strings or all message lists; {FORMATS}")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{place}: text that is no Unicode ({error.reason}); half of a character was cut off"
+        ) from None
+    found = {"prompt": prompts[0], "chosen": answers[0], "rejected": answers[1]}
+    chosen, rejected = (a if isinstance(a, str) else a["content"] for a in answers)
+    if prompts[0] != prompts[1]:
+        return found | {"drop": "prompts differ"}
+    if not prompts[0]:
+        return found | {"drop": "empty prompt"}
+    if not chosen.strip() or not rejected.strip():
+        return found | {"drop": "empty response"}
+    return found | ({"drop": "identical responses"} if chosen == rejected else {})
+
+
+# ------------------------------------------------------------------------------------------------------------ tokenize
+
+
+def tokenize_preferences(
+    rows: list[dict[str, Any]], tokenizer: Any, max_length: int = 1024, max_prompt_length: int | None = None
+) -> tuple[list[Pair], dict[str, int]]:
+    """Rows of read_preferences -> pairs, and the number of rows by what happened to them.
+
+    max_length: tokens of prompt plus one response. A longer prompt loses its beginning (but not its BOS) down to
+    max_prompt_length, by default to what the longer response leaves, at least half of max_length; then each response by itself
+    loses its end. Raises ValueError if nothing is left, or if the rows hold messages and the tokenizer has no chat template.
+    """
+    if not 2 <= max_length or not (max_prompt_length is None or 1 <= max_prompt_length < max_length):
+        raise ValueError(
+            f"max_prompt_length {max_prompt_length} must be at least 1 and below max_length {max_length}"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token (eos_token), so a response cannot end; set one")
+    counts = Counter({"read": len(rows)})
+    usable = [(index, row) for index, row in enumerate(rows) if "drop" not in row]
+    counts.update("dropped: " + row["drop"] for row in rows if "drop" in row)
+    controls = _control_tokens(tokenizer)
+    bos = tokenizer.bos_token_id
+    bos_added = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+
+    texts = []  # prompt, prompt + chosen, prompt + rejected of each row in turn
+    for _, row in usable:
+        segments = [_segments(row, side, tokenizer, controls) for side in (None, "chosen", "rejected")]
+        counts["control tokens in a text, encoded as text"] += any(
+            literal and re.search(controls, text) for text, literal in sum(segments, [])
+        )
+        texts += segments
+    ids = _encode(texts, tokenizer)
+
+    pairs, cut = [], [0, 0]
+    control_ids = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
+        tokenizer.all_special_ids
+    )
+    for (index, row), alone, *full in zip(usable, ids[0::3], ids[1::3], ids[2::3]):
+        if isinstance(row["prompt"], str):
+            start = [bos] if bos_added and alone[:1] != [bos] else []
+            alone, full = start + alone, [start + side + [tokenizer.eos_token_id] for side in full]
+        else:
+            full = [_one_end_token(side, len(alone), control_ids, tokenizer.eos_token_id) for side in full]
+        # A merge across the boundary makes the prompt's last tokens differ from those it has alone: they go to the response.
+        split = min(_common_prefix(alone, side) for side in full)
+        counts["prompt and response merged at the boundary"] += split < len(alone)
+        prompt, responses = full[0][:split], [side[split:] for side in full]
+        longest = max(map(len, responses))
+        budget = max_prompt_length or max(max_length - longest, max_length // 2)
+        if len(prompt) > budget:
+            counts["prompt truncated"] += 1
+            keep_bos = prompt[:1] if prompt[0] == bos and budget > 1 else []
+            prompt = keep_bos + prompt[len(prompt) - budget + len(keep_bos) :]
+        room = max_length - len(prompt)
+        counts["response truncated"] += longest > room
+        chosen, rejected = (response[:room] for response in responses)
+        if not prompt:
+            counts["dropped: empty prompt"] += 1
+        elif chosen == rejected:
+            counts["dropped: identical after truncation"] += 1
+        else:
+            pairs.append(Pair(prompt, chosen, rejected, row["source"], index))
+    counts["kept"] = len(pairs)
+    counts = {reason: count for reason, count in counts.items() if count}
+    if not pairs:
+        raise ValueError(
+            f"{rows[0]['source']}: no pair is left ({listed(counts)}); look at the data, or raise max_length {max_length}"
+        )
+    return pairs, counts
+
+
+def listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in counts.items())
+
+
+def _control_tokens(tokenizer: Any) -> str:
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | set(
+        tokenizer.all_special_tokens
+    )
+    return "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)) or "(?!)"
+
+
+def _segments(row: dict[str, Any], side: str | None, tokenizer: Any, controls: str) -> list[tuple[str, bool]]:
+    """The text of prompt (+ response) as (text, literal) segments; control tokens in a literal segment are mere text."""
+    if isinstance(row["prompt"], str):
+        return [(row["prompt"] + (row[side] if side else ""), True)]
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{row['source']}: message lists need a chat template, and the tokenizer has none: give --chat_template FILE"
+        )
+    messages = row["prompt"] + ([row[side]] if side else [])
+    mark, held = (
+        "\ue000",
+        [],
+    )  # stands in for a control token that a user wrote, while the template is rendered
+    while any(mark in message["content"] for message in messages):
+        mark += "\ue000"
+
+    def hold(match: re.Match) -> str:
+        held.append(match[0])
+        return mark + "\ue001"
+
+    safe = [message | {"content": re.sub(controls, hold, message["content"])} for message in messages]
+    try:
+        rendered = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=side is None)
+    except Exception as error:  # templates raise what they like, for example on a system message
+        raise ValueError(f"{row['source']}: the chat template refuses this conversation ({error})") from None
+    parts = rendered.split(mark + "\ue001")
+    segments = [(parts[0], False)]
+    for text, part in zip(held, parts[1:]):
+        segments += [(text, True), (part, False)]
+    return [(text, literal) for text, literal in segments if text]
+
+
+def _encode(texts: list[list[tuple[str, bool]]], tokenizer: Any) -> list[list[int]]:
+    """All segments of all texts in two calls of the tokenizer, put together again."""
+    pieces = {}
+    for literal in (False, True):
+        wanted = [segment for text in texts for segment, kind in text if kind == literal]
+        encoded = (
+            tokenizer(wanted, add_special_tokens=False, split_special_tokens=literal, verbose=False).input_ids
+            if wanted
+            else []
+        )
+        pieces[literal] = iter(encoded)
+    return [[id for _, literal in text for id in next(pieces[literal])] for text in texts]
+
+
+def _one_end_token(ids: list[int], prompt_length: int, control_ids: set[int], eos: int) -> list[int]:
+    """Cut what the template puts behind the end-of-turn token (often a newline); add an end token if it puts none."""
+    for last in range(len(ids) - 1, prompt_length - 1, -1):
+        if ids[last] in control_ids:
+            return ids[: last + 1]
+    return ids + [eos]
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def split_by_prompt(pairs: list[Pair], shares: tuple[float, ...], seed: int) -> list[list[Pair]]:
+    """Disjoint parts of about these shares, and the rest last. A prompt's part depends on (seed, prompt) alone, so pairs
+    with the same prompt stay together and no other pair, nor the order, matters."""
+    parts: list[list[Pair]] = [[] for _ in (*shares, 1)]
+    for pair in pairs:
+        place = int.from_bytes(hashlib.sha256(f"{seed} {pair.prompt}".encode()).digest()[:8]) / 2**64
+        part = 0
+        while part < len(shares) and place >= sum(shares[: part + 1]):
+            part += 1
+        parts[part].append(pair)
+    return parts
+
+
+def load_splits(
+    settings: dict[str, Any], tokenizer: Any
+) -> tuple[dict[str, list[Pair]], list[dict[str, Any]], dict[str, int]]:
+    """The pairs of a run from its settings (the fields of train.Settings, or a run's config.json): {"train", "sft", "eval"},
+    the rows read for train and sft (pair.row points into them), and what tokenize_preferences counted.
+
+    eval is eval_data if given, else a share of the data; with sft_epochs, a fifth of the rest goes to SFT (1:4, as in the paper).
+    """
+    held_out = None
+    if settings["data"] == BUILTIN:
+        rows = synthetic_preferences(BUILTIN_PAIRS, settings["seed"])[: settings["limit"]]
+        held_out = synthetic_preferences(BUILTIN_EVAL_PAIRS, settings["seed"], held_out=True)
+    else:
+        rows = read_preferences(settings["data"], settings["limit"])
+    if settings["eval_data"]:
+        held_out = read_preferences(settings["eval_data"])
+    lengths = settings["max_length"], settings["max_prompt_length"]
+    pairs, counts = tokenize_preferences(rows, tokenizer, *lengths)
+    shares = (0.0 if held_out else settings["eval_share"], 0.2 if settings["sft_epochs"] else 0.0)
+    evaluation, sft, train = split_by_prompt(
+        pairs, (shares[0], shares[1] * (1 - shares[0])), settings["seed"]
+    )
+    if held_out:
+        evaluation, _ = tokenize_preferences(held_out, tokenizer, *lengths)
+    return {"train": train, "sft": sft, "eval": evaluation}, rows, counts
+
+
+def fingerprint(pairs: list[Pair]) -> str:
+    """What a model sees of these pairs, in 16 hex digits: data, order, tokenizer, template and truncation are all in it."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(repr(pair[:3]).encode())
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------------- collate
+
+
+def micro_batches(pairs: list[Pair], tokens: int) -> list[list[int]]:
+    """Indices into pairs in groups of similar length, each at most `tokens` long when padded (or one pair)."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(pairs)), key=lambda i: -pairs[i].size):
+        if groups and (len(groups[-1]) + 1) * pairs[groups[-1][0]].size <= tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def scoring_batches(
+    pairs: list[Pair], tokens: int, shared_prompt: bool = True, rank: int = 0, world: int = 1
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """(indices, batch) that together cover this rank's pairs, rank, rank + world, ... once, for model.score_pairs."""
+    mine = range(rank, len(pairs), world)
+    for group in micro_batches([pairs[i] for i in mine], tokens):
+        index = [mine[i] for i in group]
+        yield index, collate([pairs[i] for i in index], shared_prompt)
+
+
+def collate(pairs: list[Pair], shared_prompt: bool = True) -> dict[str, Tensor]:
+    """B pairs -> the tensors that model.sequence_logps takes.
+
+    One row a pair (R = B, T = the longest prompt + chosen + rejected); or, for models that cannot take such a mask, two
+    rows a pair: prompt + chosen, prompt + rejected. Padding stands on the right, where no token looks. A response may be empty
+    (for SFT, which has no rejected ones).
+
+    input_ids, position_ids   [R, T]
+    attention_mask            [R, 1, T, T] bool, True = may attend; with two plain rows [R, T], and no position_ids
+    keep                      [R, T] bool: positions whose logits are needed, the next token being a response token; K in all
+    predictor, target, owner  [S]: for each response token, which of the K logits predicts it, its id, and whose it is:
+                              2 b for chosen and 2 b + 1 for rejected of pair b. The prompt's last position predicts two tokens.
+    lengths                   [B, 2]: tokens of chosen and of rejected
+    """
+    rows = []  # of pairs (owner, response) that share a row
+    for b, pair in enumerate(pairs):
+        sides = [side for side in ((2 * b, pair.chosen), (2 * b + 1, pair.rejected)) if side[1]]
+        rows += [(pair.prompt, sides)] if shared_prompt else [(pair.prompt, [side]) for side in sides]
+    lengths = [len(prompt) + sum(len(response) for _, response in sides) for prompt, sides in rows]
+    input_ids, position_ids = torch.zeros(2, len(rows), max(lengths), dtype=torch.long)
+    keep = torch.zeros(len(rows), max(lengths), dtype=torch.bool)
+    mask = (
+        torch.ones(max(lengths), max(lengths), dtype=torch.bool).tril().repeat(len(rows), 1, 1, 1)
+    )  # causal
+    predictor, target, owner, kept = [], [], [], 0
+    for r, (prompt, sides) in enumerate(rows):
+        start = len(prompt)
+        input_ids[r, :start], position_ids[r, :start] = torch.tensor(prompt), torch.arange(start)
+        keep[r, start - 1] = True
+        prompt_last, kept = kept, kept + 1
+        for side, response in sides:
+            end, inner = (
+                start + len(response),
+                len(response) - 1,
+            )  # its tokens but the last each predict the next one
+            input_ids[r, start:end] = torch.tensor(response)
+            position_ids[r, start:end] = torch.arange(len(prompt), len(prompt) + len(response))
+            mask[r, 0, start:, len(prompt) : start] = False  # rejected never sees chosen
+            keep[r, start : end - 1] = True
+            predictor += [prompt_last, *range(kept, kept + inner)]
+            target += response
+            owner += [side] * len(response)
+            kept, start = kept + inner, end
+    batch = {"input_ids": input_ids, "keep": keep}
+    if shared_prompt:
+        batch |= {"position_ids": position_ids, "attention_mask": mask}
+    else:
+        batch["attention_mask"] = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    batch |= dict(zip(("predictor", "target", "owner"), torch.tensor([predictor, target, owner])))
+    return batch | {"lengths": torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in pairs])}
+
+
+# ------------------------------------------------------------------------------------------------ built-in preferences
+
+TOPICS = {
+    "bread": ("flour", "yeast", "a hot oven", "a long rest"),
+    "gardens": ("good soil", "young seeds", "morning water", "full sun"),
+    "bicycles": ("chain oil", "firm tires", "new brakes", "a bright lamp"),
+    "chess": ("quick pawns", "a safe king", "open lines", "calm endgames"),
+    "painting": ("soft brushes", "a clean canvas", "mixed colors", "dry layers"),
+    "running": ("light shoes", "slow miles", "warm muscles", "steady breath"),
+    "guitars": ("fresh strings", "simple chords", "a metronome", "loose fingers"),
+    "cameras": ("a clear lens", "soft light", "a tripod", "short exposure"),
+    "tea": ("fresh leaves", "hot water", "a thin cup", "three minutes"),
+    "sailing": ("strong ropes", "a fair wind", "a life vest", "sharp maps"),
+    "knitting": ("thick wool", "smooth needles", "even rows", "loose loops"),
+    "camping": ("a dry tent", "warm blankets", "fire wood", "a flat place"),
+}
+QUESTIONS = (
+    "How do I start with {}?",
+    "What matters most in {}?",
+    "Give me advice about {}.",
+    "Can you teach me {}?",
+)
+ASKERS = (
+    "",
+    "I am new here. ",
+    "My sister asks. ",
+    "This is for school. ",
+    "I tried it once. ",
+    "I have one hour. ",
+)
+POLITE = ("I am happy to help.", "Good question.", "I hope this helps.", "Enjoy it.")
+RUDE = ("That is a silly question.", "I do not care.", "Go and ask someone else.")
+FILLER = ("There are many ways to see it.", "People often talk about this.", "It depends on many things.")
+BUILTIN, BUILTIN_PAIRS, BUILTIN_EVAL_PAIRS = "built-in", 2500, 300
+FLIPPED_SHARE = 0.10  # annotation noise: this share of the labels is turned round after Eq. 3 has drawn them
+
+
+def true_reward(prompt: str, response: str) -> float:
+    """The built-in task's reward r(x, y): what the sentences of a response are worth for a prompt, in nats of Eq. 3.
+
+    +0.8 for each detail of the topic asked about, -0.8 for one of another topic, +0.5 for politeness, -0.8 for rudeness, -0.2
+    for filler, and -0.5 for a sentence said again or unknown (made-up words).
+    """
+    details = next((details for topic, details in TOPICS.items() if topic in prompt), ())
+    others = {detail for other in TOPICS.values() for detail in other} - set(details)
+    reward, said = 0.0, set()
+    for sentence in re.findall(r"[^.]+\.?", response.strip()):
+        sentence = sentence.strip()
+        detail = (
+            sentence.removeprefix("You need ").removesuffix(".") if sentence.startswith("You need ") else None
+        )
+        worth = 0.8 if detail in details else -0.8 if detail in others else None
+        for kind, value in ((POLITE, 0.5), (RUDE, -0.8), (FILLER, -0.2)):
+            worth = value if sentence in kind else worth
+        reward += -0.5 if worth is None or sentence in said else worth
+        said.add(sentence)
+    return reward
+
+
+def _prompts() -> list[str]:
+    return [asker + question.format(topic) for topic in TOPICS for question in QUESTIONS for asker in ASKERS]
+
+
+def builtin_texts() -> list[str]:
+    """Everything the built-in task can say, for its tokenizer."""
+    details = [f"You need {detail}." for details in TOPICS.values() for detail in details]
+    return _prompts() + [sentence for sentence in (*details, *POLITE, *RUDE, *FILLER) for _ in range(20)]
+
+
+def synthetic_preferences(count: int, seed: int, held_out: bool = False) -> list[dict[str, Any]]:
+    """Rows of the built-in task, as read_preferences gives them, with the truth beside: "truth": {margin, flipped}.
+
+    Two responses of two to five random sentences; the label is drawn from Eq. 3 on the true reward, so that close pairs
+    are ambiguous by nature, and then FLIPPED_SHARE of the labels are turned round. truth.margin: the true reward of chosen
+    minus that of rejected. held_out: prompts that the other rows never use (one in six).
+    """
+    draw = random.Random(f"{seed} {held_out}")
+    prompts = _prompts()
+    random.Random(0).shuffle(prompts)
+    prompts = prompts[: len(prompts) // 6] if held_out else prompts[len(prompts) // 6 :]
+    everything = [detail for details in TOPICS.values() for detail in details]
+
+    def response(prompt: str) -> str:
+        details = next(details for topic, details in TOPICS.items() if topic in prompt)
+        sentences = [
+            draw.choice(draw.choices((details, everything, POLITE, RUDE, FILLER), (30, 20, 15, 15, 20))[0])
+            for _ in range(draw.randint(2, 5))
+        ]
+        return " ".join(s if s.endswith(".") else f"You need {s}." for s in sentences)
+
+    rows = []
+    for number in range(1, count + 1):
+        prompt = draw.choice(prompts)
+        first, second = response(prompt), response(prompt)
+        margin = true_reward(prompt, first) - true_reward(prompt, second)
+        flipped = draw.random() < FLIPPED_SHARE
+        if (draw.random() < torch.sigmoid(torch.tensor(margin)).item()) == flipped:  # Eq. 3, then the flip
+            first, second, margin = second, first, -margin
+        row = {
+            "prompt": [{"role": "user", "content": prompt}],
+            "chosen": [{"role": "assistant", "content": first}],
+            "rejected": [{"role": "assistant", "content": second}],
+        }
+        place = f"built-in: row {number}"
+        rows.append(
+            _recognise(row, place) | {"source": place, "truth": {"margin": margin, "flipped": flipped}}
+        )
+    return rows

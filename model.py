@@ -1,0 +1,275 @@
+"""The causal language model: loading, the built-in tiny one, LoRA, and the log-probabilities everything else is made of.
+
+    s(y) = sum over the response's tokens of log pi(token | prompt and tokens before)      margin = s(y+) - s(y-)   Eq. 1
+
+Prompt tokens are excluded, the end token is included. `sequence_logps` computes both sums of each pair from the rows that
+data.collate makes, with logits at response positions only, the log-softmax in float32 and the tokens' log-probabilities
+gathered explicitly. The margin is the policy's alone: no reference subtracted, no beta.
+
+Weights are float32 (bf16 autocast on CUDA), dropout is off, only safetensors are read and no remote code is run.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+BUILTIN, BUILTIN_VOCABULARY = "built-in", 640
+BUILTIN_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+# ---------------------------------------------------------------------------------------------------------------- load
+
+
+def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
+    """A tokenizer from a folder or the hub. chat_template: a file with a Jinja template, for tokenizers that have none."""
+    tokenizer = _from_pretrained(AutoTokenizer, name)
+    if chat_template:
+        tokenizer.chat_template = Path(chat_template).read_text()
+    return tokenizer
+
+
+def load_model(name: str | Path, seed: int = 0) -> nn.Module:
+    """A causal LM from a folder or the hub, in float32, without dropout; seed: of the built-in one's random weights.
+    Raises ValueError if there is none."""
+    if name == BUILTIN:
+        return builtin_model(seed)
+    config = _from_pretrained(AutoConfig, name)
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, float):  # attention_dropout, resid_pdrop, ...
+            setattr(config, key, 0.0)
+    return _from_pretrained(
+        AutoModelForCausalLM, name, config=config, dtype=torch.float32, use_safetensors=True
+    )
+
+
+def _from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"{name}: no model folder (no config.json in it); give what save_pretrained wrote, or a hub id"
+        )
+    try:
+        return kind.from_pretrained(name, **options)
+    except (
+        Exception
+    ) as error:  # missing or damaged files, no network, an architecture that is not a causal LM, ...
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{name}: cannot be loaded as a causal language model ({type(error).__name__}: {reason})"
+        ) from None
+
+
+def builtin_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the texts, with a chat template; the same texts give the same tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    special = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=BUILTIN_VOCABULARY,
+            special_tokens=special,
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>", additional_special_tokens=special[1:]
+    )
+    tokenizer.chat_template = BUILTIN_TEMPLATE
+    return tokenizer
+
+
+def builtin_model(seed: int) -> nn.Module:
+    """A Llama-type model of 0.4 million parameters with random weights."""
+    config = LlamaConfig(
+        vocab_size=BUILTIN_VOCABULARY,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def stage_folder(run: Path, stage: str) -> Path:
+    """The model of a stage ("sft", "proxy", "policy") of a run: its own, or that of the run it was given as --proxy."""
+    while not (run / stage).is_dir():
+        settings = json.loads((run / "config.json").read_text())["settings"]
+        if not settings["proxy"]:
+            raise ValueError(f"{run} has no {stage}/")
+        donor = Path(settings["proxy"])
+        if stage == "proxy" and not (donor / "proxy").is_dir():
+            stage = "policy"
+        run = donor
+    return run / stage
+
+
+def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Write a Hugging Face folder that appears whole or not at all."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    os.replace(unfinished, folder)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hex digits of the architecture's names and shapes and of up to 1,024 evenly spaced weights of every tensor."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, len(flat) // 1024)].float().cpu().numpy()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------- LoRA
+
+
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / rank) B A x with W frozen, A random, B zero. Hu et al. 2021 (arXiv 2106.09685, Eq. 3)."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
+        super().__init__()
+        self.linear, self.scale = linear, alpha / rank
+        bound = linear.in_features**-0.5
+        a = (2 * torch.rand(rank, linear.in_features, generator=generator) - 1) * bound
+        self.a = nn.Parameter(a.to(linear.weight))  # [rank, in]
+        self.b = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))  # [out, rank]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.scale * (x @ self.a.T @ self.b.T)
+
+    def merged(self) -> nn.Linear:
+        self.linear.weight.data += self.scale * self.b.data @ self.a.data
+        return self.linear
+
+
+def add_lora(model: nn.Module, rank: int, seed: int) -> None:
+    """Freeze the model and put LoRA (alpha = 2 rank) on every linear layer but the output head, in place."""
+    model.requires_grad_(False)
+    head, generator = model.get_output_embeddings(), torch.Generator().manual_seed(seed)
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Linear layers for LoRA; train without --lora_rank"
+        )
+    for name, layer in layers:
+        model.set_submodule(name, LoRALinear(layer, rank, 2.0 * rank, generator))
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Fold LoRA into the weights, in place: what is left is the plain model. Without LoRA, nothing happens."""
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]:
+        model.set_submodule(name, layer.merged())
+
+
+# ----------------------------------------------------------------------------------------------------------- log-probs
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    """bf16 where it is fast (CUDA); the weights stay float32."""
+    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def token_logps(logits: Tensor, predictor: Tensor, target: Tensor) -> Tensor:
+    """log softmax(logits)[predictor, target], in float32. logits [K, V]; predictor, target [S] -> [S]."""
+    return logits.float().log_softmax(dim=-1)[predictor, target]
+
+
+def sequence_logps(model: nn.Module, batch: dict[str, Tensor], exact: bool = False) -> Tensor:
+    """log pi(y|x) of chosen and rejected, summed over the response's tokens: [B, 2], float32.
+
+    batch: as data.collate makes it, on the model's device. exact: no bf16, whatever the device.
+    """
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+    with nullcontext() if exact else autocast(batch["keep"].device):
+        logits = model(**inputs, logits_to_keep=batch["keep"], use_cache=False).logits  # [K, V]
+    if logits.dim() == 3:
+        logits = logits[batch["keep"]]  # from a model that ignores logits_to_keep
+    logps = token_logps(logits, batch["predictor"], batch["target"])  # [S]
+    sums = logps.new_zeros(batch["lengths"].numel()).index_add(0, batch["owner"], logps)
+    return sums.view(-1, 2)  # [B, 2]
+
+
+@torch.no_grad()
+def shares_prompt(model: nn.Module, one_row: dict[str, Tensor], two_rows: dict[str, Tensor]) -> bool:
+    """Whether one row a pair gives this model the log-probabilities of two plain rows (data.collate makes both; try it on
+    the longest pair). Not so for models whose mask is not ours to give (sliding windows shorter than the row, recurrent
+    layers) or that take no position ids."""
+    device = next(model.parameters()).device
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        scores = [
+            sequence_logps(model, to_device(batch, device), exact=True) for batch in (one_row, two_rows)
+        ]
+    except (TypeError, ValueError, RuntimeError):  # the model refuses the mask or the position ids
+        return False
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    return torch.allclose(*scores, rtol=1e-4, atol=1e-2)
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    if device.type == "cuda":
+        return {key: value.pin_memory().to(device, non_blocking=True) for key, value in batch.items()}
+    return batch
+
+
+@torch.no_grad()
+def score_pairs(
+    model: nn.Module, batches: Iterator[tuple[list[int], dict[str, Tensor]]], count: int, label: str = ""
+) -> Tensor:
+    """log pi(y|x) of chosen and rejected of `count` pairs: [N, 2], float32, on the CPU and the same on every rank.
+
+    batches: data.scoring_batches of this rank. Each pair is written by its index, exactly once over all ranks. label: of the
+    progress bar, if one is wanted. Raises ValueError with the indices of pairs whose score is not finite.
+    """
+    device = next(model.parameters()).device
+    parallel = dist.is_initialized()
+    scores, written = torch.zeros(count, 2, device=device), torch.zeros(count, device=device)
+    with tqdm(
+        total=count, desc=label, unit="pair", disable=not label or (parallel and dist.get_rank() > 0)
+    ) as bar:
+        for index, batch in batches:
+            scores[index] = sequence_logps(model, to_device(batch, device))
+            written[index] += 1
+            bar.update(len(index) * (dist.get_world_size() if parallel else 1))
+    if parallel:
+        dist.all_reduce(scores)
+        dist.all_reduce(written)
+    if not (written == 1).all():
+        raise RuntimeError(f"{int((written != 1).sum())} of {count} pairs were not scored exactly once")
+    if bad := (~scores.isfinite()).any(1).nonzero().flatten().tolist():
+        raise ValueError(f"{len(bad)} of {count} pairs have no finite log-probability: numbers {bad[:10]}")
+    return scores.cpu()

@@ -1,0 +1,825 @@
+"""Train a language model with Reward Margin Optimization: Algorithm 2 of the paper, from top to bottom.
+
+    python train.py                                           # the built-in model and preferences, two minutes on a CPU
+    torchrun train.py --model MODEL --data PAIRS.jsonl        # one GPU
+    torchrun --nproc_per_node 8 train.py --model MODEL ...    # eight
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...    # two nodes of eight
+
+`rmo` below is the algorithm, `fit` the training loop, the rest is what they stand on. Plain DPO is
+`--batching random --filter_ratio 0 --lambda_reg 0`. Interrupted at any point, the same command goes on.
+
+Differs from the paper: 1) The reference of Eq. 4 is the base model, and the base margins (line 4) need its log-probabilities
+anyway: they are scored once and kept, no second model is loaded. 2) The median of Eq. 14 (line 14, "compute global median")
+is that of the proxy's margins, a constant of the run, as the text says. 3) alpha defaults to the standard deviation of the
+proxy's margins. 4) Batches are made anew each epoch (line 9), by default from the proxy's margins, which costs nothing;
+`--batch_margins policy` scores the current policy as Algorithm 1 has it. 5) N = n m in the paper; here a random remainder
+sits out each epoch.
+"""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterator, Literal
+
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+import data
+import loss as objectives
+import model as lm
+from batching import (
+    high_variance_batches,
+    low_variance_batches,
+    random_batches,
+    total_variance,
+    variance_bound,
+)
+from data import BUILTIN, Pair
+from filter import dual_denoising_filter, margin_decrease, tau_for_ratio
+
+Objective = Literal["dpo", "ipo", "simpo", "orpo", "slic", "kto", "beta_dpo"]
+PARTITIONS = {"high": high_variance_batches, "random": random_batches, "low": low_variance_batches}
+
+
+def flag(default: Any, help: str) -> Any:
+    """A field whose --help ends with its default, unless the text names a better one."""
+    return HfArg(default=default, help=help + ("" if default is None else " (default: %(default)s)"))
+
+
+@dataclass
+class Settings:
+    """Reward Margin Optimization. All flags may also stand in one .json or .yaml file: train.py settings.yaml"""
+
+    model: str = flag(BUILTIN, "folder or hub id of a causal LM; 'built-in' makes a tiny one")
+    data: str = flag(
+        BUILTIN, "pairs: .json, .jsonl, .gz of these, hub dataset 'owner/name[:file]', or 'built-in'"
+    )
+    eval_data: str | None = flag(None, "held-out pairs, in the same formats")
+    eval_share: float = flag(0.0, "or this share (0 to 0.9) of the prompts of --data, drawn by seed")
+    limit: int | None = flag(None, "read only the first K pairs of --data, for a quick look")
+    output_dir: str = flag("runs/rmo", "the run folder; the same command goes on where it stopped")
+    chat_template: str | None = flag(None, "file with a Jinja chat template, for a tokenizer that has none")
+    proxy: str | None = flag(
+        None, "finished run on the same data and model, to share its SFT, margins and proxy"
+    )
+
+    objective: Objective = flag("dpo", "the loss that RMO is added to")
+    beta: float | None = flag(None, "temperature of the objective (default: 2 for simpo, else 0.1)")
+    label_smoothing: float = flag(0.0, "dpo only: share of labels taken to be wrong, 0 to 0.5")
+    simpo_gamma: float | None = flag(None, "simpo only: target reward margin (default: 1)")
+
+    filter_ratio: float | None = flag(
+        None, "share of pairs to remove, 0 = none (default: 0.06, or more if step 1 does)"
+    )
+    tau: float | None = flag(None, "or Eq. 8's threshold on |proxy margin|, in nats")
+    gamma: float = flag(1.0, "Eq. 8: width of the soft threshold, in nats")
+    batching: Literal["high", "random", "low"] = flag(
+        "high", "margin variance in a batch; high is Algorithm 1"
+    )
+    batch_margins: Literal["proxy", "policy"] = flag(
+        "proxy", "whose margins; policy scores all pairs each epoch"
+    )
+    lambda_reg: float = flag(2.0, "Eq. 14: weight of Pairwise Margin Amplification, 0 = off")
+    alpha: float | None = flag(
+        None, "Eq. 14: scale in nats (default: standard deviation of the proxy margins)"
+    )
+    median: float | None = flag(None, "Eq. 14: median in nats (default: that of the proxy margins)")
+
+    sft_epochs: int | None = flag(
+        None, "epochs of SFT on chosen of a fifth of the data (default: 6 built-in, else 0)"
+    )
+    sft_lr: float | None = flag(None, "peak learning rate of SFT (default: 3e-3 built-in, else 2e-5)")
+    epochs: int = flag(3, "epochs of proxy and of policy training")
+    batch_size: int = flag(16, "pairs in a global batch, over all ranks")
+    lr: float | None = flag(None, "peak learning rate (default: 5e-4 built-in, 5e-5 with LoRA, else 1e-6)")
+    warmup: float = flag(0.1, "share of the steps in which lr rises; then it falls to 0; both linearly")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
+    max_length: int = flag(1024, "tokens of a prompt and one response; what is more is cut off")
+    max_prompt_length: int | None = flag(
+        None, "tokens of a prompt (default: what its responses leave, at least half)"
+    )
+    lora_rank: int = flag(
+        0, "LoRA of this rank on all linear layers (the paper's authors: 8), 0 = all weights"
+    )
+    gradient_checkpointing: bool = flag(False, "less memory for a third more time")
+    micro_batch_tokens: int | None = flag(
+        None, "tokens in a forward pass (default: 2048, CUDA 16384); not in the update"
+    )
+    save_steps: int = flag(100, "optimizer steps between checkpoints: the most that a crash can cost")
+    seed: int = flag(0, "of data splits, filter draw, batches and initial weights")
+
+    def __post_init__(self) -> None:
+        """Fill in the defaults that depend on other flags, and refuse what cannot be. Raises ValueError."""
+        builtin = self.model == BUILTIN
+        defaults = {
+            "beta": 2.0 if self.objective == "simpo" else 0.1,
+            "sft_epochs": 6 if builtin else 0,
+            "sft_lr": 3e-3 if builtin else 2e-5,
+            "lr": 5e-4 if builtin else 5e-5 if self.lora_rank else 1e-6,
+            "micro_batch_tokens": 16384 if torch.cuda.is_available() else 2048,
+        }
+        for wrong, why in (
+            (
+                self.tau is not None and self.filter_ratio is not None,
+                "--tau and --filter_ratio both set the filter",
+            ),
+            (self.eval_data and self.eval_share, "--eval_data and --eval_share both give held-out pairs"),
+            (self.objective != "dpo" and self.label_smoothing, "--label_smoothing is for --objective dpo"),
+            (
+                self.objective != "simpo" and self.simpo_gamma is not None,
+                "--simpo_gamma is for --objective simpo",
+            ),
+            (
+                self.batching == "random" and self.batch_margins == "policy",
+                "--batching random uses no --batch_margins",
+            ),
+        ):
+            if wrong:
+                raise ValueError(f"{why}: give one of them")
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        bounds = "eval_share 0 .9, limit 1 inf, beta 1e-9 inf, label_smoothing 0 .499, filter_ratio 0 .999, tau -inf inf, "
+        bounds += "gamma 1e-9 inf, lambda_reg 0 inf, alpha 1e-9 inf, median -inf inf, simpo_gamma -inf inf, sft_epochs 0 inf, "
+        bounds += "sft_lr 0 inf, epochs 1 inf, batch_size 1 inf, lr 0 inf, warmup 0 1, max_grad_norm 1e-9 inf, max_length 2 inf, "
+        bounds += (
+            "max_prompt_length 1 inf, lora_rank 0 inf, micro_batch_tokens 1 inf, save_steps 1 inf, seed 0 inf"
+        )
+        for name, low, high in map(str.split, bounds.split(", ")):
+            value = getattr(self, name)
+            if value is not None and not (float(low) <= value <= float(high) and math.isfinite(value)):
+                raise ValueError(f"--{name} {value} is out of range: {low} to {high}")
+
+    @property
+    def filtering(self) -> bool:
+        return self.tau is not None or self.filter_ratio != 0
+
+    @property
+    def modified(self) -> bool:
+        """Whether this is more than the plain objective on random batches."""
+        return self.filtering or self.batching != "random" or self.lambda_reg > 0
+
+    @property
+    def needs_proxy(self) -> bool:
+        amplify = self.lambda_reg > 0 and (self.alpha is None or self.median is None)
+        return self.filtering or amplify or (self.batching != "random" and self.batch_margins == "proxy")
+
+
+def rmo(s: Settings, device: torch.device) -> None:
+    """Algorithm 2. Every stage leaves its result in the run folder, and is skipped where that is there already."""
+    out, clock = Path(s.output_dir), Counter()
+    with timed(clock, "preparation"):
+        tokenizer = (
+            lm.builtin_tokenizer(data.builtin_texts())
+            if s.model == BUILTIN
+            else lm.load_tokenizer(s.model, s.chat_template)
+        )
+        splits, rows, counts = data.load_splits(dataclasses.asdict(s), tokenizer)
+        pairs, sft_pairs = splits["train"], [pair._replace(rejected=[]) for pair in splits["sft"]]
+        for part, use in [(pairs, "train on"), (sft_pairs, "fine-tune on")][: 2 if s.sft_epochs else 1]:
+            if len(part) < s.batch_size:
+                raise ValueError(
+                    f"{len(part)} pairs to {use} do not fill a batch: give more data or lower --batch_size {s.batch_size}"
+                )
+        model = lm.load_model(s.model, s.seed).to(device)
+        identity = {"data": data.fingerprint(pairs), "model": lm.fingerprint(model), "objective": s.objective}
+        donor = open_donor(s, identity)
+        longest = [max(pairs, key=lambda pair: pair.size)]
+        shared = lm.shares_prompt(model, *(data.collate(longest, shared) for shared in (True, False)))
+        open_run(s, identity)
+    say(describe(s, model, splits, counts, tokenizer, shared))
+
+    lengths = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])  # [N, 2]
+    per_token = s.objective in objectives.LENGTH_NORMALISED
+
+    def score(side: str, model: nn.Module) -> dict[str, Tensor]:
+        """s(y+) and s(y-) of every pair, sums or means over tokens as the objective has it."""
+        with timed(clock, "scoring"):
+            batches = data.scoring_batches(pairs, s.micro_batch_tokens, shared, *rank_and_world())
+            sums = lm.score_pairs(model, batches, len(pairs), f"{side} scores")
+        chosen, rejected = (sums / lengths if per_token else sums).unbind(1)
+        return {f"{side}_chosen": chosen.contiguous(), f"{side}_rejected": rejected.contiguous()}
+
+    def trained(stage: str, start: str | Path, **how: Any) -> Path:
+        """The folder of this stage's model, trained from the model `start` unless it is there."""
+        if not (out / stage).exists():
+            with timed(clock, f"{stage} training"):
+                model = lm.load_model(start, s.seed).to(device)
+                if s.lora_rank and stage != "sft":
+                    lm.add_lora(model, s.lora_rank, s.seed)
+                fit(stage, model, s, shared=shared, **how)
+                lm.merge_lora(model)
+                on_rank_0(lambda: lm.save_model(model, tokenizer, out / stage))
+        return out / stage
+
+    # SFT, if asked for, on the chosen responses of a disjoint part of the data. What comes out is the base model.
+    base = s.model
+    if s.sft_epochs:
+        sft_lengths = torch.tensor([len(pair.chosen) for pair in sft_pairs], device=device)
+
+        def sft_loss(scores: Tensor, index: Tensor, *_: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            return -scores[:, 0] / sft_lengths[index], {}
+
+        def sft_plan(epoch: int, _: nn.Module) -> Tensor:
+            return random_batches(torch.zeros(len(sft_pairs)), s.batch_size, generator(s.seed, "sft", epoch))
+
+        how = {
+            "pairs": sft_pairs,
+            "plan": sft_plan,
+            "loss_of": sft_loss,
+            "steps_per_epoch": len(sft_pairs) // s.batch_size,
+        }
+        base = (
+            lm.stage_folder(donor, "sft")
+            if donor
+            else trained("sft", base, epochs=s.sft_epochs, lr=s.sft_lr, **how)
+        )
+        model = lm.load_model(base, s.seed).to(device)
+
+    # Line 4: base and proxy margins. The base scores are the reference log-probabilities of Eq. 4 too.
+    scores = load_scores(out, identity) or (load_scores(donor, identity) if donor else {})
+    if not scores:
+        scores = score("base", model) | {
+            "chosen_tokens": lengths[:, 0].clone(),
+            "rejected_tokens": lengths[:, 1].clone(),
+        }
+    on_rank_0(lambda: save_scores(out, scores, identity))
+    del model
+    reference = torch.stack([scores["base_chosen"], scores["base_rejected"]], 1).to(device)  # [N, 2]
+    losses = functools.partial(pair_loss, s, reference, lengths.to(device) if per_token else None)
+    if s.needs_proxy and "proxy_chosen" not in scores:
+
+        def plain_plan(epoch: int, _: nn.Module) -> Tensor:
+            return random_batches(torch.zeros(len(pairs)), s.batch_size, generator(s.seed, "batches", epoch))
+
+        how = {
+            "pairs": pairs,
+            "plan": plain_plan,
+            "loss_of": losses,
+            "steps_per_epoch": len(pairs) // s.batch_size,
+        }
+        proxy = donor / "policy" if donor else trained("proxy", base, epochs=s.epochs, lr=s.lr, **how)
+        scores |= score("proxy", lm.load_model(proxy, s.seed).to(device))
+        on_rank_0(lambda: save_scores(out, scores, identity))
+    base_margins = scores["base_chosen"] - scores["base_rejected"]  # [N], Eq. 1
+    proxy_margins = scores["proxy_chosen"] - scores["proxy_rejected"] if s.needs_proxy else base_margins
+
+    # Lines 5 and 6: Dual Denoising Filtering
+    kept = torch.arange(len(pairs))
+    if s.filtering:
+        step1 = margin_decrease(base_margins, proxy_margins).double().mean().item()
+        ratio = max(0.06, step1) if s.filter_ratio is None else s.filter_ratio
+        try:
+            tau = tau_for_ratio(base_margins, proxy_margins, ratio, s.gamma) if s.tau is None else s.tau
+        except ValueError as error:
+            again = f"--proxy {out if donor is None else donor} --output_dir ANOTHER"
+            raise ValueError(f"{error}. Base and proxy need not be trained again: {again}") from None
+        kept = dual_denoising_filter(base_margins, proxy_margins, tau, s.gamma, generator(s.seed, "filter"))
+        truths = [rows[pair.row]["truth"] for pair in pairs] if s.data == BUILTIN else None
+        on_rank_0(lambda: filter_report(s, out, base_margins, proxy_margins, kept, tau, truths))
+    if len(kept) < s.batch_size:
+        raise ValueError(
+            f"the filter left {len(kept)} of {len(pairs)} pairs, fewer than a batch of {s.batch_size}: filter less"
+        )
+
+    # Lines 9 and 10: Batch Margin Diversification, anew for each epoch
+    def plan(epoch: int, model: nn.Module) -> Tensor:
+        margins = proxy_margins
+        if s.batch_margins == "policy":
+            scored = score("policy", model)
+            margins = scored["policy_chosen"] - scored["policy_rejected"]
+        margins, draw = margins[kept], functools.partial(generator, s.seed, "batches", epoch)
+        batches = PARTITIONS[s.batching](margins, s.batch_size, draw())
+        shares = [
+            total_variance(margins, split) / variance_bound(margins[split.flatten()], s.batch_size)
+            for split in (batches, random_batches(margins, s.batch_size, draw()))
+        ]
+        say(f"epoch {epoch + 1}: {len(batches)} batches, {len(kept) - batches.numel()} pairs sit out; their margins have {shares[0]:.3%} of the "
+            f"largest possible variance, random batches {shares[1]:.1%}")  # fmt: skip
+        return kept[batches]
+
+    # Lines 11 to 17: training with Pairwise Margin Amplification
+    if s.lambda_reg:
+        median = proxy_margins.median().item() if s.median is None else s.median
+        alpha = proxy_margins.std(unbiased=False).item() if s.alpha is None else s.alpha
+        losses = functools.partial(losses, weight=s.lambda_reg, median=median, alpha=alpha)
+        say(f"amplification: lambda {s.lambda_reg:g}, median {median:.4g}, alpha {alpha:.4g}")
+    how = {"pairs": pairs, "plan": plan, "loss_of": losses, "steps_per_epoch": len(kept) // s.batch_size}
+    trained("policy", base, epochs=s.epochs, lr=s.lr, log=out / "metrics.jsonl", **how)
+    on_rank_0(lambda: shutil.rmtree(out / "checkpoint", ignore_errors=True))
+    say(
+        f"done: {out / 'policy'}. Seconds: "
+        + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in clock.items())
+    )
+
+
+def pair_loss(
+    s: Settings,
+    reference: Tensor,
+    lengths: Tensor | None,
+    scores: Tensor,
+    index: Tensor,
+    whole: tuple[Tensor, Tensor] | None,
+    running: float,
+    weight: float = 0.0,
+    median: float = 0.0,
+    alpha: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 15 for some pairs of a batch: losses [B], and what is logged of them, [B] each.
+
+    scores: [B, 2] sums from the policy; index: [B] their rows in reference, the [N, 2] scores of the base model; lengths:
+    [N, 2] if scores are to be means over tokens; whole: (scores, index) of the global batch for objectives.BATCH_LEVEL;
+    running: the running mean of the reward margin.
+    """
+    if lengths is not None:
+        scores = scores / lengths[index]
+    (chosen, rejected), (ref_chosen, ref_rejected) = scores.unbind(1), reference[index].unbind(1)
+    batch = (whole[0] - reference[whole[1]]).unbind(1) if whole else None
+    base_loss = objectives.preference_loss(
+        s.objective,
+        chosen,
+        rejected,
+        ref_chosen,
+        ref_rejected,
+        s.beta,
+        s.label_smoothing,
+        s.simpo_gamma,
+        batch,
+        running,
+    )
+    margin = chosen - rejected  # Eq. 1
+    reg_loss = (
+        objectives.margin_amplification(margin, median, alpha, weight) if weight else torch.zeros_like(margin)
+    )
+    implicit = scores if s.objective in objectives.REFERENCE_FREE else scores - reference[index]
+    reward_chosen, reward_rejected = (s.beta * implicit).unbind(1)
+    stats = {
+        "reg_loss": reg_loss,
+        "margin_mean": margin,
+        "margin_variance": margin.double() ** 2,
+    }  # made a variance in fit
+    stats |= {
+        "accuracy": reward_chosen > reward_rejected,
+        "reward_chosen": reward_chosen,
+        "reward_rejected": reward_rejected,
+    }
+    return base_loss + reg_loss, stats | {"logps_chosen": chosen, "logps_rejected": rejected}  # Eq. 15
+
+
+def fit(
+    stage: str,
+    model: nn.Module,
+    s: Settings,
+    pairs: list[Pair],
+    steps_per_epoch: int,
+    epochs: int,
+    lr: float,
+    plan: Callable[[int, nn.Module], Tensor],
+    loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    shared: bool,
+    log: Path | None = None,
+) -> None:
+    """The training loop of every stage; it trains `model` in place.
+
+    plan(epoch, model) -> the epoch's global batches, [n, m] indices into pairs, the same on every rank. loss_of(scores
+    [B, 2], index [B], whole, running) -> losses [B] and statistics. The update is that of the mean over the global batch,
+    however ranks and micro-batches split it. State (step, the epoch's batches, weights, AdamW's moments) is saved every
+    save_steps and on SIGTERM or Ctrl-C; where the run folder has one of this stage, the loop goes on from it.
+    """
+    (rank, world), device, out = rank_and_world(), next(model.parameters()).device, Path(s.output_dir)
+    model.train()  # dropout is 0 all the same; gradient checkpointing wants it
+    if s.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    optimizer = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.0, fused=True)
+    step, running, batches = load_state(out, stage, weights, optimizer)
+    if log:
+        on_rank_0(lambda: cut_log(log, step))
+    parallel = (
+        DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        if world > 1
+        else model
+    )
+    total = epochs * steps_per_epoch
+    bar = tqdm(total=total, initial=step, desc=stage, unit="step", disable=rank > 0)
+    with stop_signals() as stop_wanted, bar:
+        while step < total:
+            started = time.perf_counter()
+            epoch, batch_number = divmod(step, steps_per_epoch)
+            if batch_number == 0:
+                batches = plan(epoch, model)
+            rows = batches[batch_number].tolist()
+            whole = None
+            if (
+                stage != "sft" and s.objective in objectives.BATCH_LEVEL
+            ):  # one more forward pass, over the whole batch
+                everyone = data.scoring_batches(
+                    [pairs[i] for i in rows], s.micro_batch_tokens, shared, rank, world
+                )
+                whole = (
+                    lm.score_pairs(model, everyone, len(rows)).to(device),
+                    torch.tensor(rows, device=device),
+                )
+
+            mine = (
+                rows[rank::world] or rows[:1]
+            )  # DDP needs every rank: one without pairs takes one with weight 0
+            weight = (
+                world / len(rows) if rank < len(rows) else 0.0
+            )  # DDP averages over ranks; Eq. 15 over the batch
+            groups = data.micro_batches([pairs[i] for i in mine], s.micro_batch_tokens)
+            totals: dict[str, Tensor] = {}
+            for number, group in enumerate(groups, 1):
+                index = [mine[i] for i in group]
+                micro_batch = lm.to_device(data.collate([pairs[i] for i in index], shared), device)
+                with nullcontext() if world == 1 or number == len(groups) else parallel.no_sync():
+                    scores = lm.sequence_logps(parallel, micro_batch)  # [B, 2]
+                    losses, stats = loss_of(scores, torch.tensor(index, device=device), whole, running)
+                    (losses.sum() * weight).backward()
+                for key, value in ({"loss": losses} | stats).items():
+                    totals[key] = totals.get(key, 0) + value.detach().double().sum() * weight / world
+            grad_norm = nn.utils.clip_grad_norm_(weights.values(), s.max_grad_norm)
+
+            sums = torch.stack(
+                [*totals.values(), torch.tensor(float(bool(stop_wanted)), device=device)]
+            ).double()
+            if world > 1:
+                dist.all_reduce(sums)
+            *sums, norm, stop = torch.cat(
+                [sums[:-1], grad_norm.double()[None], sums[-1:]]
+            ).tolist()  # the step's one wait for the GPU
+            values = dict(zip(totals, sums))
+            if not all(map(math.isfinite, [values["loss"], norm])):
+                on_rank_0(lambda: save_state(out, stage, step, running, batches, weights, optimizer))
+                places = ", ".join(pairs[i].source for i in rows)
+                raise ValueError(
+                    f"{stage} step {step + 1}: the loss is {values['loss']}, the gradient's norm {norm}. Nothing was updated; the state before "
+                    f"this step is in {out / 'checkpoint'}. Look at these pairs, or lower the learning rate: {places}"
+                )
+            for group in optimizer.param_groups:  # up to lr over the warm-up, then down to 0, linearly
+                warmup = max(1, round(s.warmup * total))
+                group["lr"] = lr * min((step + 1) / warmup, (total - step) / max(1, total - warmup + 1))
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+
+            if stats:
+                values["margin_variance"] -= values["margin_mean"] ** 2
+                running = 0.9 * running + 0.1 * (values["reward_chosen"] - values["reward_rejected"])
+            seconds = time.perf_counter() - started
+            tokens = sum(pairs[i].size for i in rows)
+            line = (
+                {"step": step, "epoch": epoch + 1}
+                | values
+                | {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
+            )
+            line |= {"tokens": tokens, "pairs": len(rows), "seconds": seconds}
+            if log and rank == 0:
+                with log.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+            shown = {
+                "loss": values["loss"],
+                "margin": values.get("margin_mean"),
+                "accuracy": values.get("accuracy"),
+                "pairs/s": len(rows) / seconds,
+            }
+            bar.set_postfix(
+                {key: f"{value:.3g}" for key, value in shown.items() if value is not None}, refresh=False
+            )
+            bar.update()
+            if stop or (step % s.save_steps == 0 and step < total):
+                on_rank_0(lambda: save_state(out, stage, step, running, batches, weights, optimizer))
+            if stop:
+                raise SystemExit(
+                    f"stopped after {stage} step {step} of {total}, state saved: the same command goes on from here"
+                )
+
+
+# ---------------------------------------------------------------------------------------------------------- run folder
+
+
+def open_donor(s: Settings, identity: dict[str, str]) -> Path | None:
+    """The folder of --proxy, if it is a finished run on the same data and model. Raises ValueError if not."""
+    if not s.proxy:
+        return None
+    donor = Path(s.proxy)
+    if not (donor / "config.json").is_file() or not (donor / "policy").is_dir():
+        raise ValueError(f"--proxy {donor}: no finished run (it needs config.json and policy/)")
+    theirs = json.loads((donor / "config.json").read_text())
+    for key, value in identity.items():
+        if theirs[key] != value:
+            raise ValueError(
+                f"--proxy {donor}: trained on another {key} ({theirs[key]} there, {value} here); use a run with the same"
+            )
+    for key in ("sft_epochs", "sft_lr") if s.sft_epochs else ("sft_epochs",):
+        if theirs["settings"][key] != getattr(s, key):
+            raise ValueError(
+                f"--proxy {donor}: has {key} {theirs['settings'][key]}, this run {getattr(s, key)}; they must be equal"
+            )
+    has_proxy = "proxy_chosen" in load_scores(donor, identity)
+    if s.needs_proxy and not has_proxy and Settings(**theirs["settings"]).modified:
+        raise ValueError(
+            f"--proxy {donor}: neither a plain run (random batches, no filter, no lambda_reg) nor one with a proxy of its own"
+        )
+    return donor
+
+
+def open_run(s: Settings, identity: dict[str, str]) -> None:
+    """Make the run folder and its config.json; or check that what is there is a run of the same settings, data and model."""
+    out, settings = Path(s.output_dir), dataclasses.asdict(s)
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    config = {"settings": settings, "versions": versions} | identity
+    if (out / "config.json").is_file():
+        theirs = json.loads((out / "config.json").read_text())
+        free = {"save_steps", "output_dir", "micro_batch_tokens"}  # may change without changing the result
+        pairs = [
+            (key, theirs["settings"].get(key), value) for key, value in settings.items() if key not in free
+        ]
+        pairs += [(key, theirs.get(key), value) for key, value in identity.items()]
+        if changed := [f"{key} {old!r} there, {new!r} here" for key, old, new in pairs if old != new]:
+            raise ValueError(
+                f"{out} holds a run of another configuration ({'; '.join(changed)}): choose another --output_dir, or delete it"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} exists and is no run folder: choose another --output_dir")
+    text = json.dumps(config, indent=1)
+    on_rank_0(lambda: write_atomically(out / "config.json", lambda path: path.write_text(text)))
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """The file appears whole or not at all: `write` gets another name, which becomes `path` when all is on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        write(unfinished)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def save_scores(out: Path, scores: dict[str, Tensor], identity: dict[str, str]) -> None:
+    write_atomically(out / "margins.safetensors", lambda path: save_file(scores, path, metadata=identity))
+
+
+def load_scores(run: Path, identity: dict[str, str]) -> dict[str, Tensor]:
+    """The columns of margins.safetensors, if they were scored on this data with this model and objective; else nothing."""
+    path = run / "margins.safetensors"
+    if not path.is_file():
+        return {}
+    with safe_open(path, "pt") as file:
+        if file.metadata() != identity:
+            raise ValueError(
+                f"{path}: scores of other data, another model or objective; delete it to score again"
+            )
+        return {key: file.get_tensor(key) for key in file.keys()}
+
+
+def save_state(
+    out: Path,
+    stage: str,
+    step: int,
+    running: float,
+    batches: Tensor,
+    weights: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    tensors = {"batches": batches}
+    for name, weight in weights.items():
+        moments = optimizer.state.get(weight) or {
+            key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")
+        }
+        tensors |= {
+            f"weight {name}": weight.data,
+            f"mean {name}": moments["exp_avg"],
+            f"square {name}": moments["exp_avg_sq"],
+        }
+    about = {"stage": stage, "step": str(step), "running": repr(running)}
+    write_atomically(
+        out / "checkpoint" / "state.safetensors", lambda path: save_file(tensors, path, metadata=about)
+    )
+
+
+def load_state(
+    out: Path, stage: str, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> tuple[int, float, Tensor | None]:
+    """Steps done, running mean and batches of the current epoch; weights and optimizer are set. (0, 0, None) at the start."""
+    path = out / "checkpoint" / "state.safetensors"
+    if not path.is_file():
+        return 0, 0.0, None
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+        if about["stage"] != stage:  # of a stage that is finished
+            return 0, 0.0, None
+        step = int(about["step"])
+        for name, weight in weights.items():
+            weight.data.copy_(file.get_tensor(f"weight {name}"))
+            if step:
+                moments = [file.get_tensor(f"{key} {name}").to(weight.device) for key in ("mean", "square")]
+                optimizer.state[weight] = dict(
+                    zip(
+                        ("step", "exp_avg", "exp_avg_sq"),
+                        (torch.tensor(float(step), device=weight.device), *moments),
+                    )
+                )
+        say(f"{stage}: going on from step {step}")
+        return step, float(about["running"]), file.get_tensor("batches")
+
+
+def cut_log(log: Path, step: int) -> None:
+    """Drop the lines of steps that the checkpoint does not know: they will be done again."""
+    if log.is_file():
+        lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        lines = [line for line in lines if json.loads(line)["step"] <= step]
+        write_atomically(log, lambda path: path.write_text("".join(lines)))
+
+
+# ------------------------------------------------------------------------------------------------- what the reader is told
+
+
+def describe(
+    s: Settings,
+    model: nn.Module,
+    splits: dict[str, list[Pair]],
+    counts: dict[str, int],
+    tokenizer: Any,
+    shared: bool,
+) -> str:
+    """What is about to happen: settings, counts, and three pairs with the supervised tokens marked."""
+    device, (_, world) = next(model.parameters()).device, rank_and_world()
+    lines = [
+        "settings: "
+        + " ".join(f"{key}={value}" for key, value in dataclasses.asdict(s).items() if value is not None)
+    ]
+    lines += [
+        f"model: {type(model).__name__}, {model.num_parameters():,} parameters, float32"
+        + ", bf16 autocast" * (device.type == "cuda")
+    ]
+    lines += [
+        f"pairs: {data.listed(counts)}; "
+        + ", ".join(f"{len(part):,} to {use}" for use, part in splits.items())
+    ]
+    lines += [
+        f"batches of {s.batch_size} pairs over {world} rank{'s' * (world > 1)} on {device.type}, {s.micro_batch_tokens} tokens a forward pass"
+    ]
+    if not shared:
+        lines += [
+            "two rows a pair: this model cannot share one prompt between two responses (mask or position ids); slower, same numbers"
+        ]
+    for pair in splits["train"][:3]:
+        prompt, chosen, rejected = (tokenizer.decode(ids) for ids in pair[:3])
+        lines += [
+            f"--- {pair.source}, supervised between >>> and <<<",
+            f"{prompt}\n  chosen   >>>{chosen}<<<\n  rejected >>>{rejected}<<<",
+        ]
+    return "\n".join(lines)
+
+
+def filter_report(
+    s: Settings,
+    out: Path,
+    base: Tensor,
+    proxy: Tensor,
+    kept: Tensor,
+    tau: float,
+    truths: list[dict[str, Any]] | None,
+) -> None:
+    """Write filter.json and say what was removed; on the built-in task, against the truth."""
+    removed = torch.ones(len(base), dtype=torch.bool)
+    removed[kept] = False
+    step1 = margin_decrease(base, proxy)
+    steps = {
+        f"removed_step{k}": mask.nonzero().flatten().tolist()
+        for k, mask in ((1, step1), (2, removed & ~step1))
+    }
+    ratio = removed.double().mean().item()
+    result = {"tau": tau, "gamma": s.gamma, "ratio": ratio, "kept": len(kept)} | steps
+    write_atomically(out / "filter.json", lambda path: path.write_text(json.dumps(result)))
+    say(
+        f"filter: step 1 removed {len(steps['removed_step1'])}, step 2 {len(steps['removed_step2'])} of {len(base)} pairs ({ratio:.2%}), tau {tau:.3f}"
+    )
+    if truths:
+        for name, test in (
+            ("flipped by annotation noise", lambda truth: truth["flipped"]),
+            ("mislabelled (rejected has the higher true reward)", lambda truth: truth["margin"] < 0),
+            ("ambiguous (true rewards less than 0.5 apart)", lambda truth: abs(truth["margin"]) < 0.5),
+        ):
+            is_so = torch.tensor([float(test(truth)) for truth in truths])
+            shares = [
+                f"{is_so[mask].mean():.1%} of {what}"
+                for what, mask in (("step 1's", step1), ("step 2's", removed & ~step1))
+                if mask.any()
+            ]
+            say(f"  {name}: {', '.join(shares)}; {is_so.mean():.1%} of all pairs")
+
+
+# -------------------------------------------------------------------------------------------------------------- process
+
+
+def generator(*key: Any) -> torch.Generator:
+    """A private generator: its numbers depend on the key, such as (seed, purpose, epoch), and on nothing that happened before."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7]))
+
+
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def say(text: str) -> None:
+    if rank_and_world()[0] == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def on_rank_0(act: Callable[[], Any]) -> None:
+    """Do something to the disk once; all ranks go on when it is done."""
+    if rank_and_world()[0] == 0:
+        act()
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def timed(clock: Counter, stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    clock[stage] += time.perf_counter() - started
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that is empty until SIGTERM or Ctrl-C comes; a second one acts as usual."""
+    seen: list[int] = []
+    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, _: Any) -> None:
+        seen.append(number)
+        signal.signal(number, usual[number])
+
+    for number in usual:
+        signal.signal(number, note)
+    try:
+        yield seen
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+def main() -> None:
+    parser = HfArgumentParser(
+        Settings, allow_abbrev=False, description=Settings.__doc__, formatter_class=argparse.HelpFormatter
+    )
+    words = sys.argv[1:]
+    if len(words) == 1 and words[0].endswith((".json", ".yaml", ".yml")):
+        read = parser.parse_json_file if words[0].endswith(".json") else parser.parse_yaml_file
+    else:
+        known, unknown = parser.parse_known_args(words)
+        if unknown:
+            parser.error(f"unknown flag {' '.join(unknown)}; --help lists all")
+        read, words = parser.parse_dict, [vars(known)]
+    transformers.utils.logging.disable_progress_bar()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    try:
+        (settings,) = read(*words)
+        if "LOCAL_RANK" in os.environ:
+            dist.init_process_group("nccl" if cuda else "gloo")
+        rmo(settings, device)
+    except (ValueError, OSError, SafetensorError) as error:
+        sys.exit(f"train.py: error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
