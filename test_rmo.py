@@ -49,6 +49,7 @@ import train
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared"
 CPU = torch.device("cpu")
+torch.set_num_threads(1)  # as the processes started here: sums depend on the number of threads
 slow = pytest.mark.skipif(not os.environ.get("RMO_SLOW"), reason="long: set RMO_SLOW=1")
 
 
@@ -838,17 +839,19 @@ def test_learning_rate_rises_and_falls_linearly(whole_run):
     assert all(fall == pytest.approx(falls[0]) for fall in falls) and rates[-1] == pytest.approx(falls[0])
 
 
-@pytest.mark.parametrize("settings", [{}, {"objective": "kto", "proxy": None}])
-def test_the_update_does_not_depend_on_the_micro_batches(whole_run, settings, tmp_path):
-    settings = {"proxy": str(whole_run)} | settings
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_the_update_does_not_depend_on_the_micro_batches(objective, tmp_path):
+    settings = {"limit": 60, "objective": objective, "sft_epochs": 0, "filter_ratio": 0.5, "lr": 1e-5}
     one, other = (run(tmp_path / str(n), micro_batch_tokens=n, **settings) for n in (1, 100_000))
     a, b = weights(one), weights(other)
-    assert all(torch.allclose(a[key], b[key], atol=2e-5) for key in a)
+    assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
+    for x, y in zip(metrics(one), metrics(other), strict=True):
+        assert x == pytest.approx(y, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["ipo", "simpo", "orpo", "slic", "kto", "beta_dpo"])
 def test_every_objective_trains_with_everything_on(objective, tmp_path):
-    lines = metrics(run(tmp_path / "run", objective=objective, limit=90, filter_ratio=0.5, batch_margins="policy"))
+    lines = metrics(run(tmp_path / "run", objective=objective, limit=90, sft_epochs=0, filter_ratio=0.6, batch_margins="policy"))
     assert all(math.isfinite(value) for line in lines for value in line.values()) and lines[0]["reg_loss"] > 0
 
 
@@ -871,47 +874,42 @@ def test_a_run_given_as_proxy_is_not_trained_again_and_gives_the_same(whole_run,
     assert equal(weights(run(tmp_path / "third", proxy=str(from_plain))), weights(whole_run))
 
 
-@pytest.mark.parametrize("kill_after", ["sft", "proxy", "policy"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_interrupted_and_run_again_ends_the_same(kill_after, number, whole_run, tmp_path):
-    out = tmp_path / "run"
-    words = command(output_dir=out, save_steps=1)
-    child, state = start(words), out / "checkpoint" / "state.safetensors"
-    while child.poll() is None:  # until the stage has a checkpoint
-        if state.exists() and f'"stage":"{kill_after}"'.encode() in state.read_bytes()[:20_000]:
+def stop_at(stage, number, out):
+    """Start a quick run and send it the signal once `stage` has a checkpoint."""
+    child, state = start(command(output_dir=out, save_steps=1)), out / "checkpoint" / "state.safetensors"
+    while child.poll() is None:
+        if state.exists() and f'"stage":"{stage}"'.encode() in state.read_bytes()[:50_000]:
             child.send_signal(number)
             break
         time.sleep(0.002)
-    told = child.communicate()[0]
-    assert child.returncode != 0
-    if number == signal.SIGTERM:
-        assert "the same command goes on from here" in told
-    again = start(words)
-    assert "going on from step" in again.communicate()[0] and again.returncode == 0
-    environment = {"OMP_NUM_THREADS": "1"}  # sums depend on the number of threads
-    threads = torch.get_num_threads()
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    try:
-        untouched = run(tmp_path / "untouched", save_steps=1)
-    finally:
-        torch.set_num_threads(threads)
-    assert equal(weights(out), weights(untouched)) and metrics(out) == metrics(untouched)
+    return child.communicate()[0], child.returncode
+
+
+@pytest.mark.parametrize("stage, number", [("proxy", signal.SIGKILL), ("policy", signal.SIGTERM)])
+def test_interrupted_and_run_again_ends_the_same(stage, number, whole_run, tmp_path):
+    out = tmp_path / "run"
+    told, code = stop_at(stage, number, out)
+    assert code != 0 and (number == signal.SIGKILL or "the same command goes on from here" in told), told
+    run(out, save_steps=1)
+    assert equal(weights(out), weights(whole_run)) and metrics(out) == metrics(whole_run)
     for name in ("margins.safetensors", "filter.json"):
-        assert (out / name).read_bytes() == (untouched / name).read_bytes()
+        assert (out / name).read_bytes() == (whole_run / name).read_bytes()
+    assert not (out / "checkpoint").exists()
 
 
 @pytest.mark.parametrize("ranks, batch_size", [(2, 15), (3, 2)])  # 15 = 8 + 7; with three ranks one has no pair at all
 def test_several_ranks_end_with_the_weights_of_one(ranks, batch_size, tmp_path):
-    settings = {"limit": 60, "batch_size": batch_size, "epochs": 1, "sft_epochs": 0, "filter_ratio": 0.5}
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
-    for n in (1, ranks):
-        child = start(command(*torchrun, str(n), output_dir=tmp_path / str(n), **settings))
-        told = child.communicate()[0]
-        assert child.returncode == 0, told
-    one, several = weights(tmp_path / "1"), weights(tmp_path / str(ranks))
-    assert all(torch.allclose(one[key], several[key], atol=1e-5) for key in one)
-    for a, b in zip(metrics(tmp_path / "1"), metrics(tmp_path / str(ranks)), strict=True):
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+    settings = {"limit": 60, "batch_size": batch_size, "sft_epochs": 0, "filter_ratio": 0.5, "lr": 1e-5}
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks))
+    child = start(command(*torchrun, output_dir=tmp_path / "several", **settings))
+    one = run(tmp_path / "one", **settings)
+    told = child.communicate()[0]
+    assert child.returncode == 0, told
+    a, b = weights(one), weights(tmp_path / "several")
+    assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)  # a tenth of what one step moves
+    for x, y in zip(metrics(one), metrics(tmp_path / "several"), strict=True):
+        del x["accuracy"], y["accuracy"]  # at the first step the rewards are 0 but for rounding
+        assert x == pytest.approx(y, rel=1e-3, abs=1e-4)
 
 
 def test_plans_and_draws_are_functions_of_seed_and_epoch_alone():
@@ -972,7 +970,7 @@ def test_what_does_not_belong_together_is_refused(whole_run, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_pairs(tmp_path):
-    with pytest.raises(ValueError, match=r"sft step \d+: the loss is .*Nothing was updated.*built-in: row \d+") as stop:
+    with pytest.raises(ValueError, match=r"(sft|proxy) step \d+: the loss is .*Nothing was updated.*built-in: row \d+") as stop:
         run(tmp_path / "run", sft_lr=1e30, max_grad_norm=1e30)
     state = load_file(tmp_path / "run" / "checkpoint" / "state.safetensors")
     assert all(value.isfinite().all() for value in state.values()), str(stop.value)

@@ -585,7 +585,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def save_scores(out: Path, scores: dict[str, Tensor], identity: dict[str, str]) -> None:
-    write_atomically(out / "margins.safetensors", lambda path: save_file(scores, path, metadata=identity))
+    write_atomically(out / "margins.safetensors", lambda path: save_file(scores, path, metadata={"identity": json.dumps(identity)}))
 
 
 def load_scores(run: Path, identity: dict[str, str]) -> dict[str, Tensor]:
@@ -594,7 +594,7 @@ def load_scores(run: Path, identity: dict[str, str]) -> dict[str, Tensor]:
     if not path.is_file():
         return {}
     with safe_open(path, "pt") as file:
-        if file.metadata() != identity:
+        if json.loads(file.metadata()["identity"]) != identity:
             raise ValueError(
                 f"{path}: scores of other data, another model or objective; delete it to score again"
             )
