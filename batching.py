@@ -1,23 +1,29 @@
 """Batch Margin Diversification (RMO, Eq. 10 to 12 and Algorithm 1), and the two contrasts of Tables 1 and 3.
 
-Splits N pairs into n batches of m so that the margins inside each batch vary as much as possible. Why it can be fast:
+Splits N pairs into n batches of m so that the margins inside each batch vary as much as possible. Why it can
+be fast:
 
     sum of batch variances = (N/m) mean(margin^2) - sum of (batch mean)^2
 
-so Eq. 10 asks for batches with equal means. The most that can be reached is (N/m) Var(all margins), `variance_bound`; a
-random split has (1 - 1/m) of it in expectation, so at m = 16 there is at most 1/15 = 6.7 % to gain (Table 3). Swapping a
-in B_p with b in B_q changes only the two batch sums: with d = b - a the total grows by -2 d (S_p - S_q + d) / m^2, and
-no variance is ever computed again. Swaps in disjoint pairs of batches do not touch one another, so one sweep, in which
-every batch meets one other, is a handful of vector operations and still Algorithm 1.
+so Eq. 10 asks for batches with equal means. The most that can be reached is (N/m) Var(all margins),
+`variance_bound`; a random split has (1 - 1/m) of it in expectation, so at m = 16 there is at most
+1/15 = 6.7 % to gain (Table 3). Swapping a in B_p with b in B_q changes only the two batch sums: with
+d = b - a the total
+grows by -2 d (S_p - S_q + d) / m^2, and no variance is ever computed again. Swaps in disjoint pairs of
+batches do not touch one another, so one sweep, in which every batch meets one other, is a handful of vector
+operations and still Algorithm 1.
 
-Differs from the paper: 1) swaps come in sweeps, see above, and epsilon and patience count sweeps. 2) Algorithm 1 appends
-"improvement" to Q but divides by Q[-k]; Q holds the total variance after each sweep. 3) N = n m in the paper; here the
-N mod m pairs left over, drawn at random, sit out: batches are made anew each epoch, so others sit out in the next.
+Differs from the paper: 1) swaps come in sweeps, see above, and epsilon and patience count sweeps. 2) a is
+random and b is its best partner in B_q, not random too: m gains instead of one, and the bound is reached much
+sooner, also with heavy tails. 3) Algorithm 1 appends "improvement" to Q but divides by Q[-k]; Q holds the
+total variance after each sweep. 4) N = n m in the paper; here the N mod m pairs left over, drawn at random,
+sit out: batches are made anew each epoch, so others sit out in the next.
 
-    batches = high_variance_batches(margins, 16, torch.Generator().manual_seed(epoch))  # [n, 16] indices into margins
+    batches = high_variance_batches(margins, 16, torch.Generator().manual_seed(epoch))  # [n, 16]
 
-To borrow: copy this file; it imports torch only. Margins: float [N], any device; batches: long [n, m] on the CPU, in random
-order. Variances are population variances, in float64. ValueError if N < m or a margin is not finite.
+To borrow: copy this file; it imports torch only. Margins: float [N], any device; batches: long [n, m] on the
+CPU, in random order. Variances are population variances, in float64. ValueError if N < m or a margin is not
+finite.
 """
 
 import torch
@@ -35,8 +41,8 @@ def variance_bound(margins: Tensor, batch_size: int) -> Tensor:
 
 
 def stratified_batches(margins: Tensor, batch_size: int) -> Tensor:
-    """The start of Algorithm 1: batch j takes the sorted margins j, j + n, j + 2n, ... If N is not a multiple of m,
-    evenly spaced ranks are used. No randomness: batches come in the order j = 1 .. n."""
+    """The start of Algorithm 1: batch j takes the sorted margins j, j + n, j + 2n, ... If N is not a multiple
+    of m, evenly spaced ranks are used. No randomness: batches come in the order j = 1 .. n."""
     n = _batch_count(margins, batch_size)
     ranks = torch.arange(n * batch_size) * len(margins) // (n * batch_size)  # 0, 1, 2, ... if N = n m
     order = margins.cpu().argsort(stable=True)[ranks]
@@ -51,7 +57,8 @@ def high_variance_batches(
     patience: int = 50,
     max_sweeps: int = 10_000,
 ) -> Tensor:
-    """Algorithm 1: stop when `patience` sweeps together raised the total variance by less than the share `epsilon`."""
+    """Algorithm 1: stop when `patience` sweeps together raised the total variance by less than the share
+    `epsilon`."""
     n, m = _batch_count(margins, batch_size), batch_size
     seated = torch.randperm(len(margins), generator=generator)[: n * m].sort().values
     values = margins.detach().double().cpu()[seated]
@@ -62,10 +69,10 @@ def high_variance_batches(
     totals = [held.var(dim=1, unbiased=False).sum().item()]  # Q
     for _ in range(max_sweeps if n > 1 else 0):
         p, q = torch.randperm(n, generator=generator)[: n // 2 * 2].view(2, -1)  # disjoint pairs of batches
-        i = torch.randint(m, (len(p),), generator=generator)  # the seat of a in B_p
+        i = torch.randint(m, (len(p),), generator=generator)  # a's seat in B_p
         a = held[p, i]
         d = held[q] - a[:, None]  # [n/2, m]
-        gain, j = (-2 * d * ((sums[p] - sums[q])[:, None] + d) / m**2).max(1)  # the seat of b in B_q
+        gain, j = (-2 * d * ((sums[p] - sums[q])[:, None] + d) / m**2).max(1)  # b's in B_q
         b = held[q, j]
         d = b - a
         better = gain > 0  # Eq. 12
@@ -81,8 +88,8 @@ def high_variance_batches(
 
 
 def low_variance_batches(margins: Tensor, batch_size: int, generator: Generator | None = None) -> Tensor:
-    """The least total variance: neighbours in the sorted order share a batch. The paper flips Algorithm 1's objective;
-    sorting is the exact minimum of that."""
+    """The least total variance: neighbours in the sorted order share a batch. The paper flips Algorithm 1's
+    objective; sorting is the exact minimum of that."""
     n = _batch_count(margins, batch_size)
     seated = torch.randperm(len(margins), generator=generator)[: n * batch_size].sort().values
     order = seated[margins.cpu()[seated].argsort(stable=True)]
@@ -102,7 +109,7 @@ def _in_random_order(batches: Tensor, generator: Generator | None) -> Tensor:
 def _batch_count(margins: Tensor, batch_size: int) -> int:
     if not 1 <= batch_size <= len(margins):
         raise ValueError(
-            f"cannot fill one batch of {batch_size} with {len(margins)} pairs: choose a batch size in 1 .. {len(margins)}"
+            f"{len(margins)} pairs fill no batch of {batch_size}: it must be 1 to {len(margins)}"
         )
     if not margins.isfinite().all():
         raise ValueError(f"{int((~margins.isfinite()).sum())} of {len(margins)} margins are not finite")

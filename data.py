@@ -1,16 +1,17 @@
 """Preference data: read, check, tokenize, truncate, collate; and the built-in synthetic preferences.
 
 A pair travels as text {prompt, chosen, rejected} -> three lists of token ids (`Pair`) -> one row of a batch:
-prompt + chosen + rejected, so that the prompt, most of the tokens in multi-turn data, is computed once. Position ids of
-rejected restart where the prompt ends, and a mask lets each token see those before it, except that rejected never sees
-chosen. Nothing after model.py knows about tokens.
+prompt + chosen + rejected, so that the prompt, most of the tokens in multi-turn data, is computed once.
+Position ids of rejected restart where the prompt ends, and a mask lets each token see those before it, except
+that rejected never sees chosen. Nothing after model.py knows about tokens.
 
-The rules, each with a test of its name: message lists go through the chat template as whole conversations and get no
-further special tokens; plain strings are plain text, one BOS in front if the tokenizer has one, one end token behind;
-control tokens written inside a text are encoded as text, so that nobody can forge a turn; prompt and response are split
-on token ids; a response has exactly one end token, supervised, unless it was truncated; padding is known by length, never
-by id. Pairs with an empty response, with identical responses (before or after truncation: their margin is exactly 0), or with
-unequal prompts are dropped and counted by reason. Bad files raise ValueError naming file and line.
+The rules, each with a test of its name: message lists go through the chat template as whole conversations and
+get no further special tokens; plain strings are plain text, one BOS in front if the tokenizer has one, one
+end token behind; control tokens written inside a text are encoded as text, so that nobody can forge a turn;
+prompt and response are split on token ids; a response has exactly one end token, supervised, unless it was
+truncated; padding is known by length, never by id. Pairs with an empty response, with identical responses
+(before or after truncation: their margin is exactly 0), or with unequal prompts are dropped and counted by
+reason. Bad files raise ValueError naming file and line.
 """
 
 import gzip
@@ -19,16 +20,17 @@ import json
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 HH_MARK = "\n\nAssistant:"
 FORMATS = (
-    'give {"prompt", "chosen", "rejected"} as strings or as message lists, {"chosen", "rejected"} as message lists that '
-    "begin alike, or Anthropic HH transcripts"
+    'give {"prompt", "chosen", "rejected"} as strings or as message lists, {"chosen", "rejected"} as message '
+    "lists that begin alike, or Anthropic HH transcripts"
 )
 
 
@@ -47,21 +49,22 @@ class Pair(NamedTuple):
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
-# ---------------------------------------------------------------------------------------------------------------- read
+# ------------------------------------------------------------------------------------------------------- read
 
 
 def read_preferences(source: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """Rows {prompt, chosen, rejected, source} from a .json or .jsonl file (or .gz of either), or from a dataset on the hub.
+    """Rows {prompt, chosen, rejected, source} from a .json or .jsonl file (or .gz of either), or from a
+    dataset on the hub.
 
-    source: a path; or "owner/name", or "owner/name:file/in/it.jsonl.gz" where the repository holds several such files.
-    prompt, chosen, rejected: strings, or a message list and two messages. limit: only the first K rows.
-    """
+    source: a path; or "owner/name", or "owner/name:file/in/it.jsonl.gz" where the repository holds several
+    such files. prompt, chosen, rejected: strings, or a message list and two messages. limit: only the first K
+    rows."""
     path = Path(source)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", source):
         path = _download(source)
     if not path.is_file():
         raise ValueError(
-            f"{source}: no such file; give a .json or .jsonl file (or .gz of either), or a dataset id owner/name"
+            f"{source}: no such file; give a .json or .jsonl file, .gz of these, or a hub id owner/name"
         )
     rows = []
     for place, value in _json_values(path):
@@ -95,7 +98,7 @@ def _download(source: str) -> Path:
             f"{source}: name one of its files, as in {name}:{files[0]} (it holds {', '.join(files[:8])})"
         )
     raise ValueError(
-        f"{source}: holds no .json or .jsonl file; convert it first, for example with datasets' Dataset.to_json"
+        f"{source}: holds no .json or .jsonl file; convert it first, as with datasets' Dataset.to_json"
     )
 
 
@@ -136,7 +139,8 @@ def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _recognise(row: Any, place: str) -> dict[str, Any]:
-    """One row in one of the FORMATS -> {prompt, chosen, rejected}, and "drop": reason if it is no usable pair."""
+    """One row in one of the FORMATS -> {prompt, chosen, rejected}, and "drop": reason if it is no usable
+    pair."""
     keys = sorted(row) if isinstance(row, dict) else type(row).__name__
     if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
         raise ValueError(f"{place}: no preference pair (found {keys}); {FORMATS}")
@@ -192,7 +196,7 @@ def _recognise(row: Any, place: str) -> dict[str, Any]:
     return found | ({"drop": "identical responses"} if chosen == rejected else {})
 
 
-# ------------------------------------------------------------------------------------------------------------ tokenize
+# --------------------------------------------------------------------------------------------------- tokenize
 
 
 def tokenize_preferences(
@@ -200,10 +204,10 @@ def tokenize_preferences(
 ) -> tuple[list[Pair], dict[str, int]]:
     """Rows of read_preferences -> pairs, and the number of rows by what happened to them.
 
-    max_length: tokens of prompt plus one response. A longer prompt loses its beginning (but not its BOS) down to
-    max_prompt_length, by default to what the longer response leaves, at least half of max_length; then each response by itself
-    loses its end. Raises ValueError if nothing is left, or if the rows hold messages and the tokenizer has no chat template.
-    """
+    max_length: tokens of prompt plus one response. A longer prompt loses its beginning (but not its BOS) down
+    to max_prompt_length, by default to what the longer response leaves, at least half of max_length; then
+    each response by itself loses its end. Raises ValueError if nothing is left, or if the rows hold messages
+    and the tokenizer has no chat template."""
     if not 2 <= max_length or not (max_prompt_length is None or 1 <= max_prompt_length < max_length):
         raise ValueError(
             f"max_prompt_length {max_prompt_length} must be at least 1 and below max_length {max_length}"
@@ -226,7 +230,7 @@ def tokenize_preferences(
         texts += segments
     ids = _encode(texts, tokenizer)
 
-    pairs, cut = [], [0, 0]
+    pairs = []
     control_ids = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
         tokenizer.all_special_ids
     )
@@ -236,7 +240,7 @@ def tokenize_preferences(
             alone, full = start + alone, [start + side + [tokenizer.eos_token_id] for side in full]
         else:
             full = [_one_end_token(side, len(alone), control_ids, tokenizer.eos_token_id) for side in full]
-        # A merge across the boundary makes the prompt's last tokens differ from those it has alone: they go to the response.
+        # Tokens merged across the boundary differ from those the prompt has alone: they go to the response.
         split = min(_common_prefix(alone, side) for side in full)
         counts["prompt and response merged at the boundary"] += split < len(alone)
         prompt, responses = full[0][:split], [side[split:] for side in full]
@@ -259,7 +263,7 @@ def tokenize_preferences(
     counts = {reason: count for reason, count in counts.items() if count}
     if not pairs:
         raise ValueError(
-            f"{rows[0]['source']}: no pair is left ({listed(counts)}); look at the data, or raise max_length {max_length}"
+            f"{rows[0]['source']}: no pair is left ({listed(counts)}): look at the data, or at max_length"
         )
     return pairs, counts
 
@@ -276,12 +280,13 @@ def _control_tokens(tokenizer: Any) -> str:
 
 
 def _segments(row: dict[str, Any], side: str | None, tokenizer: Any, controls: str) -> list[tuple[str, bool]]:
-    """The text of prompt (+ response) as (text, literal) segments; control tokens in a literal segment are mere text."""
+    """The text of prompt (+ response) as (text, literal) segments; control tokens in a literal segment are
+    mere text."""
     if isinstance(row["prompt"], str):
         return [(row["prompt"] + (row[side] if side else ""), True)]
     if not tokenizer.chat_template:
         raise ValueError(
-            f"{row['source']}: message lists need a chat template, and the tokenizer has none: give --chat_template FILE"
+            f"{row['source']}: messages need a chat template, the tokenizer has none: give --chat_template FILE"
         )
     messages = row["prompt"] + ([row[side]] if side else [])
     mark, held = (
@@ -322,7 +327,8 @@ def _encode(texts: list[list[tuple[str, bool]]], tokenizer: Any) -> list[list[in
 
 
 def _one_end_token(ids: list[int], prompt_length: int, control_ids: set[int], eos: int) -> list[int]:
-    """Cut what the template puts behind the end-of-turn token (often a newline); add an end token if it puts none."""
+    """Cut what the template puts behind the end-of-turn token (often a newline); add an end token if it puts
+    none."""
     for last in range(len(ids) - 1, prompt_length - 1, -1):
         if ids[last] in control_ids:
             return ids[: last + 1]
@@ -334,8 +340,8 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
 
 
 def split_by_prompt(pairs: list[Pair], shares: tuple[float, ...], seed: int) -> list[list[Pair]]:
-    """Disjoint parts of about these shares, and the rest last. A prompt's part depends on (seed, prompt) alone, so pairs
-    with the same prompt stay together and no other pair, nor the order, matters."""
+    """Disjoint parts of about these shares, and the rest last. A prompt's part depends on (seed, prompt)
+    alone, so pairs with the same prompt stay together and no other pair, nor the order, matters."""
     parts: list[list[Pair]] = [[] for _ in (*shares, 1)]
     for pair in pairs:
         place = int.from_bytes(hashlib.sha256(f"{seed} {pair.prompt}".encode()).digest()[:8]) / 2**64
@@ -349,11 +355,12 @@ def split_by_prompt(pairs: list[Pair], shares: tuple[float, ...], seed: int) -> 
 def load_splits(
     settings: dict[str, Any], tokenizer: Any
 ) -> tuple[dict[str, list[Pair]], list[dict[str, Any]], dict[str, int]]:
-    """The pairs of a run from its settings (the fields of train.Settings, or a run's config.json): {"train", "sft", "eval"},
-    the rows read for train and sft (pair.row points into them), and what tokenize_preferences counted.
+    """The pairs of a run from its settings (the fields of train.Settings, or a run's config.json): {"train",
+    "sft", "eval"}, the rows read for train and sft (pair.row points into them), and what tokenize_preferences
+    counted.
 
-    eval is eval_data if given, else a share of the data; with sft_epochs, a fifth of the rest goes to SFT (1:4, as in the paper).
-    """
+    eval is eval_data if given, else a share of the data; with sft_epochs, a fifth of the rest goes to SFT
+    (1:4, as in the paper)."""
     held_out = None
     if settings["data"] == BUILTIN:
         rows = synthetic_preferences(BUILTIN_PAIRS, settings["seed"])[: settings["limit"]]
@@ -374,18 +381,20 @@ def load_splits(
 
 
 def fingerprint(pairs: list[Pair]) -> str:
-    """What a model sees of these pairs, in 16 hex digits: data, order, tokenizer, template and truncation are all in it."""
+    """What a model sees of these pairs, in 16 hex digits: data, order, tokenizer, template and truncation are
+    all in it."""
     digest = hashlib.sha256()
     for pair in pairs:
         digest.update(repr(pair[:3]).encode())
     return digest.hexdigest()[:16]
 
 
-# ------------------------------------------------------------------------------------------------------------- collate
+# ---------------------------------------------------------------------------------------------------- collate
 
 
 def micro_batches(pairs: list[Pair], tokens: int) -> list[list[int]]:
-    """Indices into pairs in groups of similar length, each at most `tokens` long when padded (or one pair)."""
+    """Indices into pairs in groups of similar length, each at most `tokens` long when padded (or one
+    pair)."""
     groups: list[list[int]] = []
     for index in sorted(range(len(pairs)), key=lambda i: -pairs[i].size):
         if groups and (len(groups[-1]) + 1) * pairs[groups[-1][0]].size <= tokens:
@@ -398,7 +407,8 @@ def micro_batches(pairs: list[Pair], tokens: int) -> list[list[int]]:
 def scoring_batches(
     pairs: list[Pair], tokens: int, shared_prompt: bool = True, rank: int = 0, world: int = 1
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """(indices, batch) that together cover this rank's pairs, rank, rank + world, ... once, for model.score_pairs."""
+    """(indices, batch) that together cover this rank's pairs, rank, rank + world, ... once, for
+    model.score_pairs."""
     mine = range(rank, len(pairs), world)
     for group in micro_batches([pairs[i] for i in mine], tokens):
         index = [mine[i] for i in group]
@@ -408,15 +418,16 @@ def scoring_batches(
 def collate(pairs: list[Pair], shared_prompt: bool = True) -> dict[str, Tensor]:
     """B pairs -> the tensors that model.sequence_logps takes.
 
-    One row a pair (R = B, T = the longest prompt + chosen + rejected); or, for models that cannot take such a mask, two
-    rows a pair: prompt + chosen, prompt + rejected. Padding stands on the right, where no token looks. A response may be empty
-    (for SFT, which has no rejected ones).
+    One row a pair (R = B, T = the longest prompt + chosen + rejected); or, for models that cannot take such a
+    mask, two rows a pair: prompt + chosen, prompt + rejected. Padding stands on the right, where no token
+    looks. A response may be empty (for SFT, which has no rejected ones).
 
-    input_ids, position_ids   [R, T]
-    attention_mask            [R, 1, T, T] bool, True = may attend; with two plain rows [R, T], and no position_ids
-    keep                      [R, T] bool: positions whose logits are needed, the next token being a response token; K in all
-    predictor, target, owner  [S]: for each response token, which of the K logits predicts it, its id, and whose it is:
-                              2 b for chosen and 2 b + 1 for rejected of pair b. The prompt's last position predicts two tokens.
+    input_ids, position_ids   [R, T] attention_mask            [R, 1, T, T] bool, True = may attend; with two
+    plain rows [R, T], and no position_ids keep                      [R, T] bool: positions whose logits are
+    needed, the next token being a response token; K in all predictor, target, owner  [S]: for each response
+    token, which of the K logits predicts it, its id, and whose it is:
+                              2 b for chosen and 2 b + 1 for rejected of pair b. The prompt's last position
+                              predicts two tokens.
     lengths                   [B, 2]: tokens of chosen and of rejected
     """
     rows = []  # of pairs (owner, response) that share a row
@@ -457,7 +468,7 @@ def collate(pairs: list[Pair], shared_prompt: bool = True) -> dict[str, Tensor]:
     return batch | {"lengths": torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in pairs])}
 
 
-# ------------------------------------------------------------------------------------------------ built-in preferences
+# --------------------------------------------------------------------------------------- built-in preferences
 
 TOPICS = {
     "bread": ("flour", "yeast", "a hot oven", "a long rest"),
@@ -495,11 +506,11 @@ FLIPPED_SHARE = 0.10  # annotation noise: this share of the labels is turned rou
 
 
 def true_reward(prompt: str, response: str) -> float:
-    """The built-in task's reward r(x, y): what the sentences of a response are worth for a prompt, in nats of Eq. 3.
+    """The built-in task's reward r(x, y): what the sentences of a response are worth for a prompt, in nats of
+    Eq. 3.
 
-    +0.8 for each detail of the topic asked about, -0.8 for one of another topic, +0.5 for politeness, -0.8 for rudeness, -0.2
-    for filler, and -0.5 for a sentence said again or unknown (made-up words).
-    """
+    +0.8 for each detail of the topic asked about, -0.8 for one of another topic, +0.5 for politeness, -0.8
+    for rudeness, -0.2 for filler, and -0.5 for a sentence said again or unknown (made-up words)."""
     details = next((details for topic, details in TOPICS.items() if topic in prompt), ())
     others = {detail for other in TOPICS.values() for detail in other} - set(details)
     reward, said = 0.0, set()
@@ -527,12 +538,13 @@ def builtin_texts() -> list[str]:
 
 
 def synthetic_preferences(count: int, seed: int, held_out: bool = False) -> list[dict[str, Any]]:
-    """Rows of the built-in task, as read_preferences gives them, with the truth beside: "truth": {margin, flipped}.
+    """Rows of the built-in task, as read_preferences gives them, with the truth beside: "truth": {margin,
+    flipped}.
 
-    Two responses of two to five random sentences; the label is drawn from Eq. 3 on the true reward, so that close pairs
-    are ambiguous by nature, and then FLIPPED_SHARE of the labels are turned round. truth.margin: the true reward of chosen
-    minus that of rejected. held_out: prompts that the other rows never use (one in six).
-    """
+    Two responses of two to five random sentences; the label is drawn from Eq. 3 on the true reward, so that
+    close pairs are ambiguous by nature, and then FLIPPED_SHARE of the labels are turned round. truth.margin:
+    the true reward of chosen minus that of rejected. held_out: prompts that the other rows never use (one in
+    six)."""
     draw = random.Random(f"{seed} {held_out}")
     prompts = _prompts()
     random.Random(0).shuffle(prompts)

@@ -1,18 +1,19 @@
 """Who wins, by how much beyond length, and what happened to the margins.
 
-    python evaluate.py runs/*                         one table, a row a run (mean over seeds), on held-out pairs
-    python evaluate.py RUN --generate PROMPTS.json    outputs of the run's model, and of the one it started from
-    python evaluate.py RUN --judge https://api.openai.com/v1 --judge_model gpt-4o    win rates of these outputs
+    python evaluate.py runs/*                         a table on held-out pairs, a row a run, means over seeds
+    python evaluate.py RUN --generate PROMPTS.json    outputs of its model and of the one it started from
+    python evaluate.py RUN --judge https://api.openai.com/v1 --judge_model gpt-4o     win rates of the outputs
     python evaluate.py RUN MODEL --pairs PAIRS.jsonl  margins of any models on any pairs
     python evaluate.py RUN --table3 --figure3 B.png   what each way to make batches does to their margins
 
-A judge is an OpenAI-compatible URL (key: the environment's OPENAI_API_KEY), a reward model's folder, a run's folder (its
-implicit reward), or "true" (the built-in task's reward). Outputs and judgements are files as AlpacaEval's, in RUN/evaluation/
-or --out. What was generated or paid for is stored as it comes: the same command goes on where it stopped.
+A judge is an OpenAI-compatible URL (key: the environment's OPENAI_API_KEY), a reward model's folder, a run's
+folder (its implicit reward), or "true" (the built-in task's reward). Outputs and judgements are files as
+AlpacaEval's, in RUN/evaluation/ or --out. What was generated or paid for is stored as it comes: the same
+command goes on where it stopped.
 
-Differs from AlpacaEval: 1) the length-controlled win rate knows no instruction difficulty, no gamed models and no L1
-penalty, and its standard error is one of sampling. 2) The judge's prompt is our own wording unless --judge_prompt is given.
-3) The baseline is the model that training started from, as in the paper.
+Differs from AlpacaEval: 1) the length-controlled win rate knows no instruction difficulty, no gamed models
+and no L1 penalty, and its standard error is one of sampling. 2) The judge's prompt is our own wording
+unless --judge_prompt is given. 3) The baseline is the model that training started from, as in the paper.
 """
 
 import argparse
@@ -39,12 +40,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, GenerationConfig
-from transformers import LogitsProcessorList, TopPLogitsWarper
+from transformers import AutoModelForSequenceClassification as RewardModel
+from transformers import GenerationConfig, LogitsProcessorList, TopPLogitsWarper
+from transformers.utils import logging
 
+import batching
 import data
 import model as lm
-from batching import high_variance_batches, low_variance_batches, random_batches, total_variance
 from data import BUILTIN, HH_MARK, Pair
 from loss import LENGTH_NORMALISED, REFERENCE_FREE
 
@@ -53,11 +55,11 @@ Item = tuple[Prompt, str, str]  # what a judge compares: prompt, baseline's outp
 Judge = Callable[[list[Item]], list[float | None]]  # its preferences, from 1 (baseline) to 2 (model)
 Row = dict[str, Any]
 
-# ----------------------------------------------------------------------------------------------------------- win rates
+# -------------------------------------------------------------------------------------------------- win rates
 
 
 def _wins(preferences: list[float | None]) -> tuple[list[int], Tensor]:
-    """Places of the usable preferences, by AlpacaEval's rules, and the probability that the model wins at each."""
+    """Places of the verdicts, by AlpacaEval's rules, and the probability that the model wins at each."""
     usable = [(i, 1.5 if p == 0 else float(p)) for i, p in enumerate(preferences) if p is not None]
     usable = [(i, p - 1) for i, p in usable if 1 <= p <= 2]
     if not usable:
@@ -66,10 +68,10 @@ def _wins(preferences: list[float | None]) -> tuple[list[int], Tensor]:
 
 
 def win_rate(preferences: list[float | None]) -> tuple[float, float]:
-    """(percent, standard error) of AlpacaEval's win rate: the mean probability that the model beats the baseline.
+    """(percent, standard error) of AlpacaEval's win rate: the mean probability that the model wins.
 
-    preferences: 1 = baseline wins .. 2 = model wins, 0 or 1.5 = draw; None, NaN and others are no verdict and left out.
-    The standard error of a single verdict is NaN. Raises ValueError without any verdict.
+    preferences: 1 = baseline wins .. 2 = model wins, 0 or 1.5 = draw; None, NaN and others are no verdict
+    and left out. The standard error of a single verdict is NaN. Raises ValueError without any verdict.
     """
     _, p = _wins(preferences)
     error = p.std().item() / len(p) ** 0.5 if len(p) > 1 else math.nan
@@ -79,12 +81,13 @@ def win_rate(preferences: list[float | None]) -> tuple[float, float]:
 def length_controlled_win_rate(
     preferences: list[float | None], model_lengths: list[int], baseline_lengths: list[int]
 ) -> tuple[float, float]:
-    """(percent, standard error) of the win rate at equal lengths: alpaca_eval's `length_controlled_minimal`, unpenalised.
+    """(percent, standard error) of the win rate at equal lengths: alpaca_eval's length_controlled_minimal.
 
-    P(model wins) = sigmoid(c + b tanh(d / std(d))), d = baseline's length - model's length in characters, fitted by maximum
-    likelihood; LC = 100 sigmoid(c) (Dubois et al. 2024, arXiv 2404.04475, Eq. 2 without its term for the instruction). The
-    error is the sandwich estimate of the sampling error; alpaca_eval's is the spread between instructions, here 0. With
-    equal lengths both are win_rate's. Verdicts that are all alike are fitted exactly, by b = 0.
+    P(model wins) = sigmoid(c + b tanh(d / std(d))), d = baseline's length - model's length in characters,
+    fitted by maximum likelihood; LC = 100 sigmoid(c) (Dubois et al. 2024, arXiv 2404.04475, Eq. 2 without
+    its term for the instruction). The error is the sandwich estimate of the sampling error; alpaca_eval's
+    is the spread between instructions, here 0. With equal lengths both are win_rate's. Verdicts that are
+    all alike are fitted exactly, by b = 0.
     """
     counts = len(preferences), len(model_lengths), len(baseline_lengths)
     if len(set(counts)) > 1:
@@ -96,9 +99,7 @@ def length_controlled_win_rate(
     tanh = (d / d.std()).tanh()[places]  # the spread is that of all rows, with a verdict or not
     x = torch.stack([torch.ones_like(p), tanh], 1)[:, : 2 if tanh.std() > 0 else 1]  # [n, k]
     n, k = x.shape
-    ridge = torch.tensor([0, 1e-6], dtype=p.dtype)[
-        :k
-    ].diag()  # keeps b finite where length tells wins from losses
+    ridge = torch.tensor([0, 1e-6], dtype=p.dtype)[:k].diag()  # b stays finite where length alone decides
 
     def hessian(q: Tensor) -> Tensor:
         return x.T @ (x * (q * (1 - q))[:, None]) + ridge
@@ -119,7 +120,7 @@ def length_controlled_win_rate(
     return 100 * win, 100 * win * (1 - win) * variance**0.5
 
 
-# ------------------------------------------------------------------------------------------------------------ generate
+# --------------------------------------------------------------------------------------------------- generate
 
 
 @torch.no_grad()
@@ -138,22 +139,23 @@ def generate(
 ) -> list[str]:
     """One response to each prompt of token ids (already templated), without special tokens.
 
-    A response depends on (seed, prompt, how often the prompt came before) and not on the batch it is in: the greedy choice
-    over logits / temperature + Gumbel noise is an exact sample, and each response has its own generator of noise.
-    temperature 0: greedy. top_p: only the most probable tokens that together have this probability. done: responses there
-    are, by place; store(place, response) is called for each new one.
+    A response depends on (seed, prompt, how often the prompt came before) and not on the batch it is in:
+    the greedy choice over logits / temperature + Gumbel noise is an exact sample, and each response has
+    its own generator of noise. temperature 0: greedy. top_p: only the most probable tokens that together
+    have this probability. done: responses there are, by place; store(place, response) is called for each
+    new one.
     """
     if not (temperature >= 0 and 0 < top_p <= 1 and min(max_new_tokens, batch_size) >= 1):
-        raise ValueError(
-            "sampling needs temperature >= 0, 0 < top_p <= 1, and max_new_tokens and batch_size >= 1"
-        )
+        raise ValueError("sampling needs temperature >= 0, 0 < top_p <= 1, and one token and prompt at least")
     device, counts, seeds, responses = next(model.parameters()).device, {}, [], dict(done)
     for prompt in map(tuple, prompts):
         counts[prompt] = counts.get(prompt, 0) + 1
         digest = hashlib.sha256(f"{seed} {prompt} {counts[prompt]}".encode())
         seeds.append(int(digest.hexdigest()[:15], 16))
+    row = as_row([{"role": "user", "content": "a"}], "a", "b", tokenizer)
+    turn = data.tokenize_preferences([row], tokenizer, 10**6)[0][0]  # it ends as training supervised it
     own = model.generation_config.eos_token_id
-    ends = [tokenizer.eos_token_id, _turn_end(tokenizer), *(own if isinstance(own, list) else [own])]
+    ends = [tokenizer.eos_token_id, turn.chosen[-1], *(own if isinstance(own, list) else [own])]
     ends = [end for end in dict.fromkeys(ends) if end is not None]
     todo = sorted((i for i in range(len(prompts)) if i not in done), key=lambda i: -len(prompts[i]))
     # The model's own settings (a repetition penalty, say) would make it sampling that nobody asked for.
@@ -163,10 +165,9 @@ def generate(
             batch = todo[k : k + batch_size]
             width = len(prompts[batch[0]])
             pads = torch.tensor([[width - len(prompts[i])] for i in batch])
+            ids = [[ends[0]] * (width - len(prompts[i])) + list(prompts[i]) for i in batch]
             output = model.generate(
-                input_ids=torch.tensor([[ends[0]] * n + list(prompts[i]) for (n,), i in zip(pads, batch)]).to(
-                    device
-                ),
+                input_ids=torch.tensor(ids).to(device),
                 attention_mask=(torch.arange(width) >= pads).long().to(device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
@@ -196,20 +197,9 @@ def _sampling(seeds: list[int], temperature: float, top_p: float) -> LogitsProce
     return LogitsProcessorList([lambda _, logits: logits.float() / temperature, *nucleus, add_noise])
 
 
-def _turn_end(tokenizer: Any) -> int:
-    """The token that training supervises as the end of a response, for example <|im_end|>."""
-    row = as_row([{"role": "user", "content": "a"}], "a", "b", tokenizer)
-    return data.tokenize_preferences([row], tokenizer, 10**6)[0][0].chosen[-1]
-
-
 def as_row(prompt: Prompt, chosen: str, rejected: str, tokenizer: Any) -> Row:
-    """A row for data.tokenize_preferences. Messages become Anthropic HH's transcript where there is no chat template."""
-    row = {
-        "prompt": prompt,
-        "chosen": chosen,
-        "rejected": rejected,
-        "source": f"prompt {text_of(prompt)[:40]!r}",
-    }
+    """A row for data.tokenize_preferences; messages become HH's transcript without a chat template."""
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "source": repr(text_of(prompt)[:40])}
     if isinstance(prompt, str):
         return row
     if tokenizer.chat_template:
@@ -249,10 +239,8 @@ def read_prompts(source: str) -> list[Row]:
     return list({row["instruction"]: row for row in rows}.values())
 
 
-def write_outputs(
-    path: Path, name: str, model: nn.Module, tokenizer: Any, prompts: list[Row], how: Row
-) -> None:
-    """AlpacaEval's model_outputs.json. Each response is stored beside it (.jsonl) as it comes, and used if it is there."""
+def write_outputs(path: Path, name: str, model: Any, tokenizer: Any, prompts: list[Row], how: Row) -> None:
+    """AlpacaEval's model_outputs.json; each response is stored beside it, in .jsonl, as it comes."""
     room = (getattr(model.config, "max_position_embeddings", None) or 10**6) - how["max_new_tokens"]
     rows = [as_row(prompt["prompt"], "a", "b", tokenizer) for prompt in prompts]
     ids = [pair.prompt for pair in data.tokenize_preferences(rows, tokenizer, room + 64, room)[0]]
@@ -265,9 +253,7 @@ def write_outputs(
         append_line(stored, about)
     first, *lines = read_lines(stored)
     if first != about:
-        raise ValueError(
-            f"{stored}: outputs of another model, other prompts or settings; delete it, or give --out"
-        )
+        raise ValueError(f"{stored} is of another model, other prompts or settings: delete it, or give --out")
     done = {line["place"]: line["output"] for line in lines}
 
     def store(place: int, text: str) -> None:
@@ -276,9 +262,10 @@ def write_outputs(
     texts = generate(model, tokenizer, ids, **how, label=str(path), done=done, store=store)
     kept = [{key: row[key] for key in ("dataset", "instruction") if key in row} for row in prompts]
     write_json(path, [row | {"output": text.strip(), "generator": name} for row, text in zip(kept, texts)])
+    print(f"{path}: {len(texts)} outputs of {name}")
 
 
-# --------------------------------------------------------------------------------------------------------------- judge
+# ------------------------------------------------------------------------------------------------------ judge
 
 JUDGE_PROMPT = """<|im_start|>system
 You compare two answers to one request and say which of them serves the person who asked better.
@@ -294,13 +281,14 @@ You compare two answers to one request and say which of them serves the person w
 {output_2}
 
 # Verdict
-Weigh correctness, helpfulness and clarity, not length or order. Reply with nothing but the better answer's name, m or M:
+Weigh correctness, helpfulness and clarity, not length or order. Reply with nothing but the
+better answer's name, m or M:
 <|im_end|>"""
 
 
 def judge_messages(template: str, instruction: str, first: str, second: str) -> list[dict[str, str]]:
-    """The judge's chat. As in alpaca_eval, each {key} is replaced once, in this order, also in what was filled in before;
-    unlike there, turns are split first, so that a control token in a text cannot begin one."""
+    """The judge's chat. As in alpaca_eval, each {key} is replaced once, in this order, even in text filled in
+    before; unlike there, turns are split first, so that a control token in a text cannot begin one."""
     turns = [turn.partition("<|im_end|>")[0].strip() for turn in template.split("<|im_start|>")[1:]]
     messages = [dict(zip(("role", "content"), re.split(r"\s*\n", turn, maxsplit=1))) for turn in turns]
     for key, value in (("{instruction}", instruction), ("{output_1}", first), ("{output_2}", second)):
@@ -311,13 +299,8 @@ def judge_messages(template: str, instruction: str, first: str, second: str) -> 
     return [m | {"content": m["content"].strip()} for m in messages]
 
 
-def is_switched(instruction: str) -> bool:
-    """alpaca_eval's draw (seed 0) of whether the judge sees the model's output first."""
-    return random.Random(f"is_switched_outputs{instruction}0").choices([False, True])[0]
-
-
 def parse_verdict(choice: Row) -> float | None:
-    """From 1 = the first answer to 2 = the second, by the log-probabilities of "m" and "M"; without any, the hard label."""
+    """1 = first answer .. 2 = second, by log-probabilities of "m" and "M"; without any, the hard label."""
     try:
         tops = choice["logprobs"]["content"][0]["top_logprobs"]
     except (LookupError, TypeError):
@@ -330,13 +313,14 @@ def parse_verdict(choice: Row) -> float | None:
 def ask_endpoint(
     items: list[Item], url: str, model: str, template: str, store: Path, concurrency: int = 5
 ) -> list[float | None]:
-    """AlpacaEval's weighted judge behind an OpenAI-compatible URL. Each answer goes to `store` as it comes, under a hash of
-    its question; only what is not there is asked."""
+    """AlpacaEval's weighted judge behind an OpenAI-compatible URL. Each answer goes to `store` as it
+    comes, under a hash of its question; only what is not there is asked."""
     url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
     how = {"max_tokens": 1, "temperature": 1, "top_p": 1.0, "logprobs": True, "top_logprobs": 5}
     bodies, keys, switched, stop, lock = {}, [], [], threading.Event(), threading.Lock()
     for prompt, *outputs in items:
-        switched.append(is_switched(text_of(prompt)))
+        draw = random.Random(f"is_switched_outputs{text_of(prompt)}0")  # alpaca_eval's, at its seed 0
+        switched.append(draw.choices([False, True])[0])  # whether the judge sees the model's output first
         messages = judge_messages(template, text_of(prompt), *(outputs[::-1] if switched[-1] else outputs))
         body = {"model": model, "messages": messages} | how
         keys.append(hashlib.sha256(json.dumps([url, body]).encode()).hexdigest())
@@ -355,35 +339,29 @@ def ask_endpoint(
         try:
             for future in [pool.submit(ask, key) for key in missing]:
                 future.result()
-        except (ValueError, KeyboardInterrupt) as error:
+        except (ValueError, OSError, HTTPException, KeyboardInterrupt) as error:
             stop.set()
             pool.shutdown(cancel_futures=True)  # what is under way is paid for: it ends, and is stored
             kept = f"{len(read_lines(store))} answers are kept in {store}, the same command goes on"
             raise ValueError(f"{error or 'stopped'}; {kept}") from None
-    usage = [answers[key].get("usage") or {} for key in missing]
-    tokens = [sum(u.get(f"{kind}_tokens") or 0 for u in usage) for kind in ("prompt", "completion")]
+    tokens = sum((answers[key].get("usage") or {}).get("total_tokens") or 0 for key in missing)
+    print(f"{model}: {len(missing)} requests, {tokens:,} tokens; {len(bodies) - len(missing)} stored answers")
     choices = [answers[key]["choices"][0] for key in keys]
-    hard = sum(not choice.get("logprobs") for choice in choices)
-    print(
-        f"{model}: {len(missing)} requests, {tokens[0]:,} + {tokens[1]:,} tokens, {len(bodies) - len(missing)} stored answers"
-    )
-    if hard:
-        print(
-            f"{model}: {hard} answers without log-probabilities: hard labels there, unlike AlpacaEval's judge"
-        )
+    if hard := sum(bool(choice) and not choice.get("logprobs") for choice in choices):
+        print(f"{model}: {hard} answers without log-probabilities, hard labels: not AlpacaEval's judge")
     found = map(parse_verdict, choices)
     return [3 - verdict if verdict and switch else verdict for verdict, switch in zip(found, switched)]
 
 
 def post(url: str, body: Row, stop: threading.Event) -> Row:
-    """The endpoint's answer. Waits and tries again if it is overloaded or the connection breaks; else raises ValueError."""
+    """The endpoint's answer; if it is overloaded or the connection breaks, waits and tries again."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     key, said = os.environ.get("OPENAI_API_KEY", "").strip(), "stopped"
     if not re.fullmatch(r"[!-~]*", key):
         raise ValueError("OPENAI_API_KEY holds characters that no key has: set it again")
     if key:  # unredirected: not for whoever a redirect names
         request.add_unredirected_header("Authorization", f"Bearer {key}")
-    for attempt in range(8):
+    for attempt in range(7):
         try:
             with urllib.request.urlopen(request, timeout=120) as response:
                 answer = json.load(response)
@@ -398,29 +376,24 @@ def post(url: str, body: Row, stop: threading.Event) -> Row:
                 raise ValueError(f"{url}: {said}; check OPENAI_API_KEY, the URL and --judge_model") from None
         except (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
             said = f"{type(error).__name__} {error}".replace(key or "\0", "***")
-        if stop.wait(min(2**attempt, 30)):
+        tqdm.write(f"{said[:120]}; trying again in {2**attempt} s", file=sys.stderr)
+        if stop.wait(2**attempt):
             break
     raise ValueError(f"{url}: no answer ({said}); check the URL and the connection")
 
 
-def score_true(items: list[Item]) -> list[tuple[float, float]]:
-    """The built-in task's own reward of both outputs."""
-    return [(data.true_reward(text_of(p), a), data.true_reward(text_of(p), b)) for p, a, b in items]
-
-
 @torch.no_grad()
 def score_with_reward_model(items: list[Item], folder: str, device: Any) -> list[tuple[float, float]]:
-    """By sequence classification with one label, of the chat by its template, or of prompt and response as two texts."""
-    tokenizer, kind = lm.load_tokenizer(folder), AutoModelForSequenceClassification
+    """By a sequence classifier with one label, of the templated chat or of prompt and response as texts."""
+    tokenizer = lm.load_tokenizer(folder)
     try:
-        model = kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(device).eval()
+        model = RewardModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     except Exception as error:  # whatever a damaged folder raises
         raise ValueError(f"{folder}: no reward model ({' '.join(str(error).split())[:200]})") from None
     if model.config.num_labels != 1 or "SequenceClassification" not in str(model.config.architectures):
         kind = f"{model.config.architectures} with {model.config.num_labels} labels"
-        raise ValueError(
-            f"{folder}: {kind} is no reward model; give a sequence classification model with one label"
-        )
+        raise ValueError(f"{folder}: {kind} is no reward model (a sequence classifier with one label)")
+    model.to(device).eval()
 
     def reward(prompt: Prompt, response: str) -> float:
         turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
@@ -459,7 +432,7 @@ def open_judge(args: argparse.Namespace, device: Any, store: Path) -> tuple[str,
         if is_url:
             return ask_endpoint(items, args.judge, args.judge_model, template, store, args.concurrency)
         if args.judge == "true":
-            scores = score_true(items)
+            scores = [[data.true_reward(text_of(prompt), text) for text in texts] for prompt, *texts in items]
         elif is_run(args.judge):
             scores = score_with_run(items, Path(args.judge), device)
         else:
@@ -479,27 +452,21 @@ def open_judge(args: argparse.Namespace, device: Any, store: Path) -> tuple[str,
 
 
 def judge_outputs(folder: Path, name: str, judge: Judge) -> Row:
-    """Compare the folder's model_outputs.json with its reference_outputs.json. Writes annotations.json, in the order of the
-    reference, and returns win rates and mean lengths."""
+    """Win rates of the folder's model_outputs.json against its reference_outputs.json, in whose order
+    annotations.json is written."""
     sides = []
     for path in (folder / "reference_outputs.json", folder / "model_outputs.json"):
         if not path.is_file():
             raise ValueError(f"{path} is missing: make it with --generate PROMPTS")
         rows = read_json(path)
         if not all(isinstance(row, dict) and {"instruction", "output"} <= row.keys() for row in rows):
-            raise ValueError(
-                f"{path}: not AlpacaEval's outputs, a list of {{instruction, output, generator}}"
-            )
+            raise ValueError(f"{path}: not a list of {{instruction, output, generator}}, as AlpacaEval's")
         sides.append({row["instruction"]: row for row in rows})
         if len(sides[-1]) < len(rows):
-            raise ValueError(
-                f"{path}: {len(rows) - len(sides[-1])} instructions stand twice; keep one of each"
-            )
+            raise ValueError(f"{path}: {len(rows) - len(sides[-1])} instructions stand twice; keep one")
     both = [(row, sides[1][instruction]) for instruction, row in sides[0].items() if instruction in sides[1]]
     if not both:
-        raise ValueError(
-            f"{folder}: the two outputs share no instruction; generate both from the same prompts"
-        )
+        raise ValueError(f"{folder}: no instruction in common; generate both from the same prompts")
     preferences = judge([(prompt_of(a["instruction"]), a["output"], b["output"]) for a, b in both])
     annotations = []
     for (a, b), preference in zip(both, preferences):
@@ -517,16 +484,14 @@ def judge_outputs(folder: Path, name: str, judge: Judge) -> Row:
 
 
 def judge_accuracy(judge: Judge, rows: list[Row]) -> float:
-    """Percent of labelled rows (of data.read_preferences) on which the judge prefers chosen; a draw counts half."""
-    text = [
-        [r[side] if isinstance(r[side], str) else r[side]["content"] for side in ("rejected", "chosen")]
-        for r in rows
-    ]
-    found = [p for p in judge([(row["prompt"], *sides) for row, sides in zip(rows, text)]) if p is not None]
+    """Percent of labelled rows on which the judge prefers chosen; a draw counts half."""
+    sides = [[row["rejected"], row["chosen"]] for row in rows]
+    texts = [[side if isinstance(side, str) else side["content"] for side in pair] for pair in sides]
+    found = [p for p in judge([(row["prompt"], *pair) for row, pair in zip(rows, texts)]) if p is not None]
     return 100 * sum((p > 1.5) + (p == 1.5) / 2 for p in found) / max(1, len(found))
 
 
-# ---------------------------------------------------------------------------------------------------------------- runs
+# ------------------------------------------------------------------------------------------------------- runs
 
 
 def is_run(name: str | Path) -> bool:
@@ -535,11 +500,9 @@ def is_run(name: str | Path) -> bool:
 
 
 def open_run(folder: Path) -> tuple[Row, Any, dict[str, Path | str]]:
-    """A finished run's settings, tokenizer, and its models by label: the starting one (SFT or base), vanilla, RMO."""
+    """A finished run's settings, tokenizer, and models by label: the starting one, vanilla, RMO."""
     if not is_run(folder):
-        raise ValueError(
-            f"{folder}: no run (no config.json with settings); give a folder that train.py wrote"
-        )
+        raise ValueError(f"{folder}: no run (no config.json with settings in it); train.py makes them")
     if not (folder / "policy").is_dir():
         raise ValueError(f"{folder}: not finished (no policy/); start train.py again with the same command")
     s = read_json(folder / "config.json")["settings"]
@@ -563,7 +526,7 @@ def held_out(s: Row, tokenizer: Any) -> tuple[list[Pair], list[Row]]:
 
 
 def response_scores(model: nn.Module, pairs: list[Pair], objective: str, label: str = "") -> Tensor:
-    """Scores of chosen and rejected as the objective defines them, sums of log-probabilities or means: [N, 2]."""
+    """Scores of chosen and rejected as the objective has them, sums over tokens or means: [N, 2]."""
     longest = [max(pairs, key=lambda pair: pair.size)]
     shared = lm.shares_prompt(model, *(data.collate(longest, shared) for shared in (True, False)))
     ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -573,8 +536,9 @@ def response_scores(model: nn.Module, pairs: list[Pair], objective: str, label: 
 
 
 def margin_statistics(margins: Tensor, start: Tensor | None = None) -> dict[str, float]:
-    """Of margins [N], in percent and nats; accuracy: the share above 0. start: the starting model's margins, which the
-    implicit reward is relative to. Small: within a tenth of a standard deviation of 0, as tau = 14 is in the paper."""
+    """Of margins [N], in percent and nats; accuracy: the share above 0. start: the starting model's
+    margins, which the implicit reward is relative to. Small: within a tenth of a standard deviation of 0,
+    as tau = 14 is in the paper."""
     margins = margins.double()
     shares = {"accuracy": margins > 0} | ({} if start is None else {"reward accuracy": margins > start})
     shares |= {"negative": margins < 0, "small": margins.abs() <= 0.1 * margins.std(unbiased=False)}
@@ -584,19 +548,17 @@ def margin_statistics(margins: Tensor, start: Tensor | None = None) -> dict[str,
 
 
 def report_run(folder: Path, device: Any) -> dict[str, dict[str, float]]:
-    """Print one table on the held-out pairs of a finished run, a row a model, and return it: {label: {column: value}}.
+    """Print a table on the held-out pairs of a finished run, and return it: {label: {column: value}}.
 
-    The built-in task adds what is true there: the reward of sampled responses, and how often it beats the starting model's.
-    In a distributed run call it on every rank, as they share the scoring. Without held-out pairs: {}, after saying so.
+    The built-in task adds what is true there: the reward of sampled responses, and how often it beats the
+    starting model's. In a distributed run call it on every rank, as they share the scoring. Without
+    held-out pairs: {}, after saying so.
     """
     s, tokenizer, models = open_run(folder)
     (pairs, rows), first = held_out(s, tokenizer), not dist.is_initialized() or dist.get_rank() == 0
     if not pairs:
-        print(
-            f"{folder}: no held-out pairs, no report; train with --eval_data FILE or --eval_share 0.1\n"
-            * first,
-            end="",
-        )
+        if first:
+            print(f"{folder}: no held-out pairs, no report; train with --eval_data FILE or --eval_share 0.1")
         return {}
     report, margins, baseline = {}, {}, None
     prompts = {tuple(pair.prompt): text_of(row["prompt"]) for pair, row in zip(pairs, rows)}
@@ -606,9 +568,7 @@ def report_run(folder: Path, device: Any) -> dict[str, dict[str, float]]:
         report[label] = margin_statistics(chosen - rejected, next(iter(margins.values()), None))
         margins[label] = chosen - rejected
         if s["data"] == BUILTIN and not s["eval_data"]:
-            texts = generate(
-                model, tokenizer, list(map(list, prompts)), 64, 1.0, seed=s["seed"], batch_size=64
-            )
+            texts = generate(model, tokenizer, list(prompts), 64, 1.0, 1.0, s["seed"], batch_size=64)
             rewards = [data.true_reward(*pair) for pair in zip(prompts.values(), texts)]
             report[label]["true reward"] = sum(rewards) / len(rewards)
             if baseline:
@@ -616,43 +576,42 @@ def report_run(folder: Path, device: Any) -> dict[str, dict[str, float]]:
                 report[label] |= dict(zip(("win rate %", "win rate error"), found))
             baseline = baseline or rewards
     if first:
-        against = next(iter(models))
-        print(
-            f"{folder}: {len(pairs)} held-out pairs; margins in nats; reward accuracy and wins against {against}"
-        )
+        print(f"{folder}: {len(pairs)} held-out pairs, margins in nats, wins against {next(iter(models))}")
         print(markdown([{"model": label} | row for label, row in report.items()]))
         remember(folder, report=report, margins={label: values.tolist() for label, values in margins.items()})
     return report
 
 
 def batch_margins(folder: Path) -> dict[str, Tensor]:
-    """Margins of a run's training pairs by its proxy (without one: its base model), "all" and in batches of each kind [n, m]."""
+    """Margins of a run's training pairs by its proxy (or base model): "all", and in batches [n, m] of each
+    kind, without a remainder that is the same for all kinds."""
     s, path = open_run(folder)[0], folder / "margins.safetensors"
     if not path.is_file():
         raise ValueError(f"{path} is missing: give a finished run")
-    scores, draw = load_file(path), torch.Generator().manual_seed(s["seed"])
+    scores, draw, m = load_file(path), torch.Generator().manual_seed(s["seed"]), s["batch_size"]
     by = "proxy" if "proxy_chosen" in scores else "base"
     margins = scores[f"{by}_chosen"] - scores[f"{by}_rejected"]
-    kinds = {"Low-Var": low_variance_batches, "Rnd-Var": random_batches, "High-Var": high_variance_batches}
-    return {"all": margins} | {
-        name: margins[make(margins, s["batch_size"], draw)] for name, make in kinds.items()
-    }
+    kinds = {"Low-Var": batching.low_variance_batches, "Rnd-Var": batching.random_batches}
+    kinds["High-Var"] = batching.high_variance_batches
+    seated = margins[torch.randperm(len(margins), generator=draw)[: len(margins) // m * m]]
+    batches = {name: seated[make(seated, m, draw)] for name, make in kinds.items()}
+    return {"all": margins} | batches
 
 
 def table3(folder: Path) -> Row:
-    """Mean variance of the margins in a batch, in nats squared, and its share of the largest possible, Var(all margins)."""
+    """Mean variance of the margins in a batch, in nats squared, and its share of the largest possible."""
     kinds, row = batch_margins(folder), {"run": folder.name}
-    bound = kinds.pop("all").double().var(unbiased=False).item()
-    for name, margins in kinds.items():
-        places = torch.arange(margins.numel()).view_as(margins)
-        row[name] = total_variance(margins.flatten(), places).item() / len(margins)
-        row[f"{name}, of the bound %"] = 100 * row[name] / bound
+    for name in ("Low-Var", "Rnd-Var", "High-Var"):
+        margins, (n, m) = kinds[name].flatten(), kinds[name].shape
+        total = batching.total_variance(margins, torch.arange(n * m).view(n, m)).item()
+        row[name] = total / n
+        row[f"{name} of bound %"] = 100 * total / batching.variance_bound(margins, m).item()
     return row
 
 
 def run_groups(folders: list[Path], device: Any) -> list[Row]:
-    """Runs that differ by seed at most, together: {settings, differing: those that other runs have otherwise, folders,
-    results: of the policy, means with standard errors over seeds}."""
+    """Runs that differ by seed at most, together: {name, settings, differing: those that other runs have
+    otherwise, folders, results: the policy's, means with standard errors over seeds}."""
     settings, groups = {folder: open_run(folder)[0] for folder in folders}, {}
     free = {"seed", "output_dir", "proxy", "micro_batch_tokens", "save_steps"}
     keys = dict.fromkeys(key for s in settings.values() for key in s if key not in free)
@@ -664,8 +623,10 @@ def run_groups(folders: list[Path], device: Any) -> list[Row]:
         result = dict([*known.get("report", {"": {}}).values()][-1])
         for judge, row in known.get("judged", {}).items():
             result |= {f"{k} ({judge}) {v}": row[f"{k} {v}"] for k in ("WR", "LC") for v in ("%", "error")}
-        group = {"settings": s, "differing": {key: s.get(key) for key in keys}, "folders": [], "found": []}
-        group = groups.setdefault(json.dumps(group["differing"]), group)
+        differing = {key: s.get(key) for key in keys}
+        name = ", ".join(f"{key} {value}" for key, value in differing.items()) or folder.name
+        group = {"name": name, "settings": s, "differing": differing, "folders": [], "found": []}
+        group = groups.setdefault(json.dumps(differing), group)
         group["folders"].append(folder)
         group["found"].append(result)
     for group in groups.values():
@@ -674,29 +635,23 @@ def run_groups(folders: list[Path], device: Any) -> list[Row]:
             error = key.removesuffix(" %") + " error"
             values = torch.tensor([result[key] for result in found if key in result], dtype=torch.float64)
             group["results"][key] = values.mean().item()
-            group["results"][error] = found[0].get(error)
             if len(values) > 1:
                 group["results"][error] = values.std().item() / len(values) ** 0.5
+            elif error in found[0]:
+                group["results"][error] = found[0][error]
     return list(groups.values())
 
 
-def name_of(group: Row) -> str:
-    return (
-        ", ".join(f"{key} {value}" for key, value in group["differing"].items()) or group["folders"][0].name
-    )
-
-
 def markdown(rows: list[Row]) -> str:
-    """Rows as a Markdown table; "x error" stands behind "x" or "x %" as plus-minus; what a row does not have is a dash."""
+    """Rows as a Markdown table; "x error" stands behind "x" or "x %"; what a row lacks is a dash."""
 
     def text(value: Any) -> str:
         if isinstance(value, float) and not math.isnan(value):
-            return (
-                f"{value:,.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.2g}"
-            )
-        return str(value) if value == value and value is not None else "-"
+            return f"{value:.2g}" if abs(value) < 0.1 else f"{value:,.{1 if abs(value) >= 10 else 2}f}"
+        return "-" if value is None or isinstance(value, float) else str(value)
 
-    columns = [c for c in dict.fromkeys(c for row in rows for c in row) if not c.endswith(" error")]
+    rows_by_length = sorted(rows, key=len, reverse=True)  # the first may lack columns in the middle
+    columns = [c for c in dict.fromkeys(c for row in rows_by_length for c in row) if not c.endswith(" error")]
     lines = [columns, ["---"] * len(columns)]
     for row in rows:
         errors = [text(row.get(column.removesuffix(" %") + " error")) for column in columns]
@@ -705,7 +660,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def remembered(folder: Path) -> Row:
-    """evaluation.json of a run, if it is about this training: metrics.jsonl holds wall times, so no other one has the same."""
+    """evaluation.json of a run, if it is of this training, which the wall times in metrics.jsonl tell."""
     texts = [(folder / name).read_bytes() for name in ("config.json", "metrics.jsonl")]
     run, path = hashlib.sha256(b"".join(texts)).hexdigest()[:16], folder / "evaluation.json"
     found = read_json(path) if path.is_file() else {}
@@ -752,17 +707,10 @@ def append_line(path: Path, value: Any) -> None:
         file.write(json.dumps(value).encode() + b"\n")
 
 
-# ------------------------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------------------- figures
 
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#000000",
-    "#E69F00",
-)  # Okabe and Ito: safe for colour-blind eyes
-STROKES = ("-", "--", "-.", ":", (0, (7, 2)), (0, (3, 1, 1, 1, 1, 1)))  # and apart in black and white
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00")  # Okabe and Ito's, and as many
+STROKES = ("-", "--", "-.", ":", (0, (7, 2)), (0, (3, 1, 1, 1, 1, 1)))  # strokes for black and white print
 
 
 def style(k: int) -> Row:
@@ -802,21 +750,16 @@ def span(values: Any) -> tuple[float, float]:
 
 
 def results_over(axis: Any, xs: list[float], groups: list[Row], pattern: str, x_label: str) -> None:
-    """Each result whose name fits the pattern, over xs, with standard errors."""
-    keys = dict.fromkeys(key for g in groups for key in g["results"] if re.search(pattern, key))
+    """Each result in percent that all groups have and whose name fits, over xs, with standard errors."""
+    keys = [key for key in groups[0]["results"] if re.search(pattern + ".*%$", key)]
+    keys = [key for key in keys if all(key in group["results"] for group in groups)]
     for k, key in enumerate(keys):
-        error = key.removesuffix(" %") + " error"
-        points = [
-            (x, g["results"][key], g["results"].get(error) or 0)
-            for x, g in zip(xs, groups)
-            if key in g["results"]
-        ]
-        axis.errorbar(
-            *zip(*sorted(points)), label=key.removesuffix(" %"), marker="os^Dv*"[k % 6], capsize=3, **style(k)
-        )
+        name = key.removesuffix(" %")
+        points = [(x, g["results"][key], g["results"].get(f"{name} error", 0)) for x, g in zip(xs, groups)]
+        axis.errorbar(*zip(*sorted(points)), label=name, marker="os^Dv*"[k % 6], capsize=3, **style(k))
     axis.set(xlabel=x_label, ylabel="percent")
     if keys:
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, fontsize=8)
 
 
 def figure1(groups: list[Row]) -> Any:
@@ -827,7 +770,7 @@ def figure1(groups: list[Row]) -> Any:
         window = max(1, len(loss) // 20)
         axis.plot(range(1, len(loss) + 1), loss, color=COLOURS[k % 6], linewidth=0.5, alpha=0.35)
         running = loss.unfold(0, window, 1).mean(1)
-        axis.plot(range(window, len(loss) + 1), running, label=name_of(group), **style(k))
+        axis.plot(range(window, len(loss) + 1), running, label=group["name"], **style(k))
     axis.set(xlabel=f"optimizer step (bold: mean of the last {window})", ylabel="loss (nats per pair)")
     axis.legend(frameon=False)
     return figure
@@ -837,12 +780,11 @@ def figure3(folder: Path) -> Any:
     kinds = batch_margins(folder)
     mean = kinds.pop("all").mean().item()
     means = {name: margins.mean(1) for name, margins in kinds.items()}
-    figure, axes = canvas(
-        7, 6, 3, 1, f"Mean margin of a batch of {kinds['Rnd-Var'].shape[1]} pairs, {folder.name}"
-    )
+    title = f"Mean margin of a batch of {kinds['Rnd-Var'].shape[1]} pairs, {folder.name}"
+    figure, axes = canvas(7, 6, 3, 1, title)
     for k, (axis, name) in enumerate(zip(axes, means)):
         densities(axis, {name: means[name]}, *span(means.values()), first=k)
-        axis.axvline(mean, color="grey", linewidth=0.8)
+        axis.axvline(mean, color="grey", linewidth=0.8, zorder=0)
     axes[-1].set(xlabel="mean margin of the batch (nats); grey: mean over all pairs")
     return figure
 
@@ -850,22 +792,19 @@ def figure3(folder: Path) -> Any:
 def figure4(groups: list[Row]) -> Any:
     groups = sorted(groups, key=lambda group: group["settings"]["lambda_reg"])
     xs = [group["settings"]["lambda_reg"] for group in groups]
-    margins = {f"{x:g}": torch.tensor([final_margins(f) for f in g["folders"]]) for x, g in zip(xs, groups)}
-    figure, axes = canvas(
-        12, 4, 1, 3, "Held-out margins, accuracy and win rate by regularization intensity λ"
-    )
-    densities(axes[0], {f"λ = {x}": values for x, values in margins.items()}, *span(margins.values()))
+    found = [[remembered(folder).get("margins", {}) for folder in group["folders"]] for group in groups]
+    if not all(run for runs in found for run in runs):
+        raise ValueError("figure 4 shows margins of held-out pairs; train with --eval_data or --eval_share")
+    margins = {}
+    for x, runs in zip(xs, found):
+        margins[f"λ = {x:g}"] = torch.cat([torch.tensor([*run.values()][-1]) for run in runs])
+    figure, axes = canvas(12, 4, 1, 3, "Regularization intensity λ: held-out margins, accuracy, win rate")
+    densities(axes[0], margins, *span(margins.values()))
     axes[0].axvline(0, color="grey", linewidth=0.8)
     axes[0].set(xlabel="margin (nats)")
     results_over(axes[1], xs, groups, "accuracy", "λ")
     results_over(axes[2], xs, groups, "^(win rate|WR|LC)", "λ")
     return figure
-
-
-def final_margins(folder: Path) -> list[float]:
-    if "margins" not in remembered(folder):
-        raise ValueError(f"{folder} has no held-out pairs to show margins of; train with --eval_share 0.1")
-    return [*remembered(folder)["margins"].values()][-1]
 
 
 def filtered(folder: Path) -> Row:
@@ -885,22 +824,22 @@ def figure_margins(folder: Path) -> Any:
     margins, held = batch_margins(folder)["all"], remembered(folder).get("margins", {})
     kept = torch.ones(len(margins), dtype=torch.bool)
     kept[filtered(folder)["removed_step1"] + filtered(folder)["removed_step2"]] = False
-    figure, axes = canvas(
-        11, 4, 1, 2 if held else 1, f"Margins before and after filter and training, {folder.name}"
-    )
+    title = f"Margins before and after filter and training, {folder.name}"
+    figure, axes = canvas(11, 4, 1, 2 if held else 1, title)
     bins = torch.linspace(*span([margins]), 61)
     for k, (label, values) in enumerate({"all": margins, "kept": margins[kept]}.items()):
         axes[0].hist(values, bins, histtype="step", label=f"{label} {len(values):,} pairs", **style(k))
-    axes[0].set(title="training pairs: filter", xlabel="proxy margin (nats)", ylabel="pairs")
+    axes[0].set(title="training pairs, before and after the filter", ylabel="pairs")
+    axes[0].set(xlabel="margin by the proxy (nats)")
     axes[0].legend(frameon=False)
     if held:
         values = {label: torch.tensor(values) for label, values in held.items()}
         densities(axes[1], values, *span(values.values()))
-        axes[1].set(title="held-out pairs: training", xlabel="margin (nats)")
+        axes[1].set(title="held-out pairs, before and after training", xlabel="margin (nats)")
     return figure
 
 
-# ------------------------------------------------------------------------------------------------------------- command
+# ---------------------------------------------------------------------------------------------------- command
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -908,35 +847,18 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind, allow_abbrev=False)
     add = parser.add_argument
     add("models", nargs="+", help="run folders that train.py wrote, or models (folder or hub id)")
-    add(
-        "--generate",
-        metavar="PROMPTS",
-        help="AlpacaEval's instructions .json, preference pairs, or 'built-in'",
-    )
+    add("--generate", metavar="PROMPTS", help="AlpacaEval's instructions .json, pairs, or 'built-in'")
     add("--baseline", metavar="MODEL", help="what to compare with (default: the run's starting model)")
     add("--max_new_tokens", type=int, default=256, help="tokens of a response at most (default: %(default)s)")
     add("--temperature", type=float, default=0.7, help="of sampling, 0 = greedy (default: %(default)s)")
     add("--top_p", type=float, default=1.0, help="nucleus sampling (default: 1 = off)")
     add("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
-    add(
-        "--batch_size",
-        type=int,
-        default=16,
-        help="prompts at a time; changes no output (default: %(default)s)",
-    )
+    add("--batch_size", type=int, default=16, help="prompts at a time, changes no output (default: 16)")
     add("--judge", metavar="URL|FOLDER|true", help="judge model_outputs.json against reference_outputs.json")
     add("--judge_model", default="gpt-4o", help="model behind the URL (default: %(default)s)")
-    add(
-        "--judge_prompt",
-        metavar="FILE",
-        help="'alpaca_eval' takes the installed package's (default: our own)",
-    )
+    add("--judge_prompt", metavar="FILE", help="'alpaca_eval': the installed package's (default: our own)")
     add("--concurrency", type=int, default=5, help="requests at a time (default: %(default)s)")
-    add(
-        "--labelled",
-        metavar="PAIRS",
-        help="test the judge on these (default: held-out pairs; for a URL none)",
-    )
+    add("--labelled", metavar="PAIRS", help="test the judge on these (default: held-out pairs; URL: none)")
     add("--out", metavar="DIR", help="folder of outputs and judgements (default: RUN/evaluation)")
     add("--pairs", metavar="PAIRS", help="print the models' margins on these")
     add("--table3", action="store_true", help="print the margin variance of each kind of batches")
@@ -944,11 +866,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--figure3", metavar="FILE", help="mean margins of batches, of the first run")
     add("--figure4", metavar="FILE", help="margins, accuracy and win rates by lambda_reg")
     add("--figure5", metavar="FILE", help="win rates by filter ratio")
-    add(
-        "--figure_margins",
-        metavar="FILE",
-        help="margins before and after filter and training, of the first run",
-    )
+    add("--figure_margins", metavar="FILE", help="margins by filter and training, of the first run")
     add("--json", metavar="FILE", help="write the printed tables here too")
     return parser.parse_args(words)
 
@@ -969,20 +887,20 @@ def run(args: argparse.Namespace) -> None:
         tables["margins"] = [row for name in args.models for row in margin_rows(name, args.pairs, device)]
     if args.table3:
         tables["table3"] = [table3(folder) for folder in folders]
-    if not (tables or args.generate or figures.keys() == {"figure3"}):
+    groups = []
+    if figures.keys() - {"figure3"} or not (figures or tables or args.generate):
         groups = run_groups(folders, device)
+    if groups and not tables:
         names = [{"run": ", ".join(f.name for f in g["folders"]), "seeds": len(g["folders"])} for g in groups]
         tables["runs"] = [name | g["differing"] | g["results"] for name, g in zip(names, groups)]
     for rows in tables.values():
         print(markdown(rows))
     if args.judge:
-        print(
-            "LC: alpaca_eval's length_controlled_minimal, without its L1 penalty; ±: standard error of sampling"
-        )
+        print("LC: alpaca_eval's length_controlled_minimal without L1 penalty; ±: standard error")
     if args.json:
         write_json(Path(args.json), tables)
     for name, path in figures.items():
-        about = folders[0] if name in ("figure3", "figure_margins") else run_groups(folders, device)
+        about = folders[0] if name in ("figure3", "figure_margins") else groups
         path.parent.mkdir(parents=True, exist_ok=True)
         globals()[name](about).savefig(path)
         print(f"{name}: {path}")
@@ -999,11 +917,8 @@ def outputs_folder(name: str, args: argparse.Namespace) -> Path:
 def write_both_outputs(name: str, args: argparse.Namespace, device: Any) -> None:
     """model_outputs.json, and reference_outputs.json unless one is there that was not generated here."""
     keys = ("max_new_tokens", "temperature", "top_p", "seed", "batch_size")
-    how, prompts, out = (
-        {k: getattr(args, k) for k in keys},
-        read_prompts(args.generate),
-        outputs_folder(name, args),
-    )
+    how, out = {key: getattr(args, key) for key in keys}, outputs_folder(name, args)
+    prompts = read_prompts(args.generate)
     s, tokenizer, models = open_run(Path(name)) if is_run(name) else ({"seed": 0}, None, {"": name})
     baseline = args.baseline or (next(iter(models.values())) if tokenizer else None)
     jobs, given = {out / "model_outputs.json": [*models.values()][-1]}, out / "reference_outputs.json"
@@ -1013,9 +928,9 @@ def write_both_outputs(name: str, args: argparse.Namespace, device: Any) -> None
         jobs[given] = baseline
     for path, source in jobs.items():
         own = lm.load_tokenizer(source) if not tokenizer or source == args.baseline else tokenizer
-        write_outputs(
-            path, str(source), lm.load_model(source, s["seed"]).to(device).eval(), own, prompts, how
-        )
+        model = lm.load_model(source, s["seed"]).to(device).eval()
+        generator = str(source).strip("/").replace("/", "__")  # alpaca_eval makes a file name of it
+        write_outputs(path, generator, model, own, prompts, how)
 
 
 def judge_model(name: str, args: argparse.Namespace, device: Any) -> Row:
@@ -1039,9 +954,8 @@ def margin_rows(name: str, source: str, device: Any) -> list[Row]:
     if is_run(name):
         s, tokenizer, models = open_run(Path(name))
     tokenizer = tokenizer or lm.load_tokenizer(name)
-    pairs, _ = data.tokenize_preferences(
-        read_pairs(source), tokenizer, s["max_length"], s["max_prompt_length"]
-    )
+    lengths = s["max_length"], s["max_prompt_length"]
+    pairs, _ = data.tokenize_preferences(read_pairs(source), tokenizer, *lengths)
     found, start = [], None
     for label, path in models.items():
         model = lm.load_model(path, s["seed"]).to(device).eval()
@@ -1053,6 +967,7 @@ def margin_rows(name: str, source: str, device: Any) -> list[Row]:
 
 
 def main() -> None:
+    logging.disable_progress_bar()
     try:
         run(parse())
     except (ValueError, OSError) as error:

@@ -1,19 +1,20 @@
 """Train a language model with Reward Margin Optimization: Algorithm 2 of the paper, from top to bottom.
 
-    python train.py                                           # the built-in model and preferences, two minutes on a CPU
-    torchrun train.py --model MODEL --data PAIRS.jsonl        # one GPU
-    torchrun --nproc_per_node 8 train.py --model MODEL ...    # eight
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...    # two nodes of eight
+    python train.py                                       # built-in model and preferences, a minute on a CPU
+    torchrun train.py --model MODEL --data PAIRS.jsonl    # one GPU
+    torchrun --nproc_per_node 8 train.py --model MODEL --data PAIRS.jsonl    # eight, the same update
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...
 
-`rmo` below is the algorithm, `fit` the training loop, the rest is what they stand on. Plain DPO is
-`--batching random --filter_ratio 0 --lambda_reg 0`. Interrupted at any point, the same command goes on.
+`rmo` is the algorithm, `pair_loss` its loss, `fit` the training loop; the rest is what they stand on. Plain
+DPO is `--batching random --filter_ratio 0 --lambda_reg 0`. Interrupted at any point, the same command goes
+on.
 
-Differs from the paper: 1) The reference of Eq. 4 is the base model, and the base margins (line 4) need its log-probabilities
-anyway: they are scored once and kept, no second model is loaded. 2) The median of Eq. 14 (line 14, "compute global median")
-is that of the proxy's margins, a constant of the run, as the text says. 3) alpha defaults to the standard deviation of the
-proxy's margins. 4) Batches are made anew each epoch (line 9), by default from the proxy's margins, which costs nothing;
-`--batch_margins policy` scores the current policy as Algorithm 1 has it. 5) N = n m in the paper; here a random remainder
-sits out each epoch.
+Differs from the paper: 1) The reference of Eq. 4 is the base model, and the base margins (line 4) need its
+log-probabilities anyway: they are scored once and kept, no second model is loaded. 2) The median of Eq. 14
+("compute global median", line 14) is that of the proxy's margins, a constant of the run, as the text says. 3)
+alpha defaults to the standard deviation of the proxy's margins. 4) Batches are made anew each epoch (line 9),
+by default from the proxy's margins, which costs nothing; `--batch_margins policy` scores the current policy
+as Algorithm 1 has it. 5) N = n m in the paper; here a random remainder sits out each epoch.
 """
 
 import argparse
@@ -28,11 +29,13 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -46,6 +49,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 import data
+import evaluate
 import loss as objectives
 import model as lm
 from batching import (
@@ -59,6 +63,7 @@ from data import BUILTIN, Pair
 from filter import dual_denoising_filter, margin_decrease, tau_for_ratio
 
 Objective = Literal["dpo", "ipo", "simpo", "orpo", "slic", "kto", "beta_dpo"]
+SIDES = ("chosen", "rejected")
 PARTITIONS = {"high": high_variance_batches, "random": random_batches, "low": low_variance_batches}
 
 
@@ -69,7 +74,8 @@ def flag(default: Any, help: str) -> Any:
 
 @dataclass
 class Settings:
-    """Reward Margin Optimization. All flags may also stand in one .json or .yaml file: train.py settings.yaml"""
+    """Reward Margin Optimization. The flags may also stand in a .json or .yaml file: train.py
+    settings.yaml"""
 
     model: str = flag(BUILTIN, "folder or hub id of a causal LM; 'built-in' makes a tiny one")
     data: str = flag(
@@ -107,7 +113,7 @@ class Settings:
     median: float | None = flag(None, "Eq. 14: median in nats (default: that of the proxy margins)")
 
     sft_epochs: int | None = flag(
-        None, "epochs of SFT on chosen of a fifth of the data (default: 6 built-in, else 0)"
+        None, "epochs of SFT on chosen of a fifth of the data (default: 15 built-in, else 0)"
     )
     sft_lr: float | None = flag(None, "peak learning rate of SFT (default: 3e-3 built-in, else 2e-5)")
     epochs: int = flag(3, "epochs of proxy and of policy training")
@@ -124,7 +130,7 @@ class Settings:
     )
     gradient_checkpointing: bool = flag(False, "less memory for a third more time")
     micro_batch_tokens: int | None = flag(
-        None, "tokens in a forward pass (default: 2048, CUDA 16384); not in the update"
+        None, "tokens in a forward pass (default: CUDA 16384, CPU 512, built-in 2048)"
     )
     save_steps: int = flag(100, "optimizer steps between checkpoints: the most that a crash can cost")
     seed: int = flag(0, "of data splits, filter draw, batches and initial weights")
@@ -134,10 +140,10 @@ class Settings:
         builtin = self.model == BUILTIN
         defaults = {
             "beta": 2.0 if self.objective == "simpo" else 0.1,
-            "sft_epochs": 6 if builtin else 0,
+            "sft_epochs": 15 if builtin else 0,
             "sft_lr": 3e-3 if builtin else 2e-5,
             "lr": 5e-4 if builtin else 5e-5 if self.lora_rank else 1e-6,
-            "micro_batch_tokens": 16384 if torch.cuda.is_available() else 2048,
+            "micro_batch_tokens": 16384 if torch.cuda.is_available() else 2048 if builtin else 512,
         }
         for wrong, why in (
             (
@@ -160,13 +166,12 @@ class Settings:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        bounds = "eval_share 0 .9, limit 1 inf, beta 1e-9 inf, label_smoothing 0 .499, filter_ratio 0 .999, tau -inf inf, "
-        bounds += "gamma 1e-9 inf, lambda_reg 0 inf, alpha 1e-9 inf, median -inf inf, simpo_gamma -inf inf, sft_epochs 0 inf, "
-        bounds += "sft_lr 0 inf, epochs 1 inf, batch_size 1 inf, lr 0 inf, warmup 0 1, max_grad_norm 1e-9 inf, max_length 2 inf, "
-        bounds += (
-            "max_prompt_length 1 inf, lora_rank 0 inf, micro_batch_tokens 1 inf, save_steps 1 inf, seed 0 inf"
-        )
-        for name, low, high in map(str.split, bounds.split(", ")):
+        bounds = """eval_share 0 .9, limit 1 inf, beta 1e-9 inf, label_smoothing 0 .499, simpo_gamma -inf inf,
+            filter_ratio 0 .999, tau -inf inf, gamma 1e-9 inf, lambda_reg 0 inf, alpha 1e-9 inf,
+            median -inf inf, sft_epochs 0 inf, sft_lr 0 inf, epochs 1 inf, batch_size 1 inf, lr 0 inf,
+            warmup 0 1, max_grad_norm 1e-9 inf, max_length 2 inf, max_prompt_length 1 inf, lora_rank 0 inf,
+            micro_batch_tokens 1 inf, save_steps 1 inf, seed 0 inf"""
+        for name, low, high in map(str.split, bounds.split(",")):
             value = getattr(self, name)
             if value is not None and not (float(low) <= value <= float(high) and math.isfinite(value)):
                 raise ValueError(f"--{name} {value} is out of range: {low} to {high}")
@@ -187,12 +192,15 @@ class Settings:
 
 
 def rmo(s: Settings, device: torch.device) -> None:
-    """Algorithm 2. Every stage leaves its result in the run folder, and is skipped where that is there already."""
+    """Algorithm 2. Every stage leaves its result in the run folder, and is skipped where that is there."""
     out, clock = Path(s.output_dir), Counter()
+    if device.type == "cpu":
+        lm.fast_products()
     with timed(clock, "preparation"):
+        builtin = s.model == BUILTIN
         tokenizer = (
             lm.builtin_tokenizer(data.builtin_texts())
-            if s.model == BUILTIN
+            if builtin
             else lm.load_tokenizer(s.model, s.chat_template)
         )
         splits, rows, counts = data.load_splits(dataclasses.asdict(s), tokenizer)
@@ -200,13 +208,13 @@ def rmo(s: Settings, device: torch.device) -> None:
         for part, use in [(pairs, "train on"), (sft_pairs, "fine-tune on")][: 2 if s.sft_epochs else 1]:
             if len(part) < s.batch_size:
                 raise ValueError(
-                    f"{len(part)} pairs to {use} do not fill a batch: give more data or lower --batch_size {s.batch_size}"
+                    f"{len(part)} pairs to {use} do not fill a batch of {s.batch_size}: lower --batch_size"
                 )
         model = lm.load_model(s.model, s.seed).to(device)
         identity = {"data": data.fingerprint(pairs), "model": lm.fingerprint(model), "objective": s.objective}
         donor = open_donor(s, identity)
         longest = [max(pairs, key=lambda pair: pair.size)]
-        shared = lm.shares_prompt(model, *(data.collate(longest, shared) for shared in (True, False)))
+        shared = lm.shares_prompt(model, data.collate(longest, True), data.collate(longest, False))
         open_run(s, identity)
     say(describe(s, model, splits, counts, tokenizer, shared))
 
@@ -221,67 +229,48 @@ def rmo(s: Settings, device: torch.device) -> None:
         chosen, rejected = (sums / lengths if per_token else sums).unbind(1)
         return {f"{side}_chosen": chosen.contiguous(), f"{side}_rejected": rejected.contiguous()}
 
-    def trained(stage: str, start: str | Path, **how: Any) -> Path:
+    def trained(stage: str, start: str | Path, *what: Any, log: Path | None = None) -> Path:
         """The folder of this stage's model, trained from the model `start` unless it is there."""
         if not (out / stage).exists():
             with timed(clock, f"{stage} training"):
                 model = lm.load_model(start, s.seed).to(device)
                 if s.lora_rank and stage != "sft":
                     lm.add_lora(model, s.lora_rank, s.seed)
-                fit(stage, model, s, shared=shared, **how)
+                fit(stage, model, s, shared, log, *what)
                 lm.merge_lora(model)
                 on_rank_0(lambda: lm.save_model(model, tokenizer, out / stage))
         return out / stage
 
-    # SFT, if asked for, on the chosen responses of a disjoint part of the data. What comes out is the base model.
+    def random_plan(count: int, purpose: str) -> Callable[[int, nn.Module], Tensor]:
+        return lambda epoch, _: random_batches(
+            torch.zeros(count), s.batch_size, generator(s.seed, purpose, epoch)
+        )
+
+    # SFT, if asked for, on the chosen responses of a disjoint part of the data: it makes the base model
     base = s.model
     if s.sft_epochs:
-        sft_lengths = torch.tensor([len(pair.chosen) for pair in sft_pairs], device=device)
-
-        def sft_loss(scores: Tensor, index: Tensor, *_: Any) -> tuple[Tensor, dict[str, Tensor]]:
-            return -scores[:, 0] / sft_lengths[index], {}
-
-        def sft_plan(epoch: int, _: nn.Module) -> Tensor:
-            return random_batches(torch.zeros(len(sft_pairs)), s.batch_size, generator(s.seed, "sft", epoch))
-
-        how = {
-            "pairs": sft_pairs,
-            "plan": sft_plan,
-            "loss_of": sft_loss,
-            "steps_per_epoch": len(sft_pairs) // s.batch_size,
-        }
-        base = (
-            lm.stage_folder(donor, "sft")
-            if donor
-            else trained("sft", base, epochs=s.sft_epochs, lr=s.sft_lr, **how)
-        )
+        del model
+        n = torch.tensor([len(pair.chosen) for pair in sft_pairs], device=device)
+        what = sft_pairs, len(sft_pairs), s.sft_epochs, s.sft_lr, random_plan(len(sft_pairs), "sft")
+        loss_of = lambda scores, index, *_: (-scores[:, 0] / n[index], {})  # noqa: E731
+        base = lm.stage_folder(donor, "sft") if donor else trained("sft", base, *what, loss_of)
         model = lm.load_model(base, s.seed).to(device)
 
     # Line 4: base and proxy margins. The base scores are the reference log-probabilities of Eq. 4 too.
     scores = load_scores(out, identity) or (load_scores(donor, identity) if donor else {})
     if not scores:
         scores = score("base", model) | {
-            "chosen_tokens": lengths[:, 0].clone(),
-            "rejected_tokens": lengths[:, 1].clone(),
+            f"{side}_tokens": lengths[:, k].clone() for k, side in enumerate(SIDES)
         }
-    on_rank_0(lambda: save_scores(out, scores, identity))
+    on_rank_0(lambda: save_tensors(out / "margins.safetensors", scores, identity))
     del model
     reference = torch.stack([scores["base_chosen"], scores["base_rejected"]], 1).to(device)  # [N, 2]
-    losses = functools.partial(pair_loss, s, reference, lengths.to(device) if per_token else None)
+    loss_of = functools.partial(pair_loss, s, reference, lengths.to(device) if per_token else None)
     if s.needs_proxy and "proxy_chosen" not in scores:
-
-        def plain_plan(epoch: int, _: nn.Module) -> Tensor:
-            return random_batches(torch.zeros(len(pairs)), s.batch_size, generator(s.seed, "batches", epoch))
-
-        how = {
-            "pairs": pairs,
-            "plan": plain_plan,
-            "loss_of": losses,
-            "steps_per_epoch": len(pairs) // s.batch_size,
-        }
-        proxy = donor / "policy" if donor else trained("proxy", base, epochs=s.epochs, lr=s.lr, **how)
+        what = pairs, len(pairs), s.epochs, s.lr, random_plan(len(pairs), "batches"), loss_of
+        proxy = donor / "policy" if donor else trained("proxy", base, *what)
         scores |= score("proxy", lm.load_model(proxy, s.seed).to(device))
-        on_rank_0(lambda: save_scores(out, scores, identity))
+        on_rank_0(lambda: save_tensors(out / "margins.safetensors", scores, identity))
     base_margins = scores["base_chosen"] - scores["base_rejected"]  # [N], Eq. 1
     proxy_margins = scores["proxy_chosen"] - scores["proxy_rejected"] if s.needs_proxy else base_margins
 
@@ -300,7 +289,7 @@ def rmo(s: Settings, device: torch.device) -> None:
         on_rank_0(lambda: filter_report(s, out, base_margins, proxy_margins, kept, tau, truths))
     if len(kept) < s.batch_size:
         raise ValueError(
-            f"the filter left {len(kept)} of {len(pairs)} pairs, fewer than a batch of {s.batch_size}: filter less"
+            f"the filter left {len(kept)} of {len(pairs)} pairs, no batch of {s.batch_size}: filter less"
         )
 
     # Lines 9 and 10: Batch Margin Diversification, anew for each epoch
@@ -310,28 +299,31 @@ def rmo(s: Settings, device: torch.device) -> None:
             scored = score("policy", model)
             margins = scored["policy_chosen"] - scored["policy_rejected"]
         margins, draw = margins[kept], functools.partial(generator, s.seed, "batches", epoch)
-        batches = PARTITIONS[s.batching](margins, s.batch_size, draw())
-        shares = [
-            total_variance(margins, split) / variance_bound(margins[split.flatten()], s.batch_size)
-            for split in (batches, random_batches(margins, s.batch_size, draw()))
-        ]
-        say(f"epoch {epoch + 1}: {len(batches)} batches, {len(kept) - batches.numel()} pairs sit out; their margins have {shares[0]:.3%} of the "
-            f"largest possible variance, random batches {shares[1]:.1%}")  # fmt: skip
+        with timed(clock, "filter and batches"):
+            batches = PARTITIONS[s.batching](margins, s.batch_size, draw())
+        shares = []
+        for split in (batches, random_batches(margins, s.batch_size, draw())):
+            bound = variance_bound(margins[split.flatten()], s.batch_size)
+            shares.append(total_variance(margins, split) / bound if bound else math.nan)
+        say(
+            f"epoch {epoch + 1}: {len(batches)} batches of {shares[0]:.3%} of the largest margin variance "
+            f"(random: {shares[1]:.1%}); {len(kept) - batches.numel()} pairs sit out"
+        )
         return kept[batches]
 
     # Lines 11 to 17: training with Pairwise Margin Amplification
     if s.lambda_reg:
         median = proxy_margins.median().item() if s.median is None else s.median
         alpha = proxy_margins.std(unbiased=False).item() if s.alpha is None else s.alpha
-        losses = functools.partial(losses, weight=s.lambda_reg, median=median, alpha=alpha)
+        loss_of = functools.partial(loss_of, weight=s.lambda_reg, median=median, alpha=alpha)
         say(f"amplification: lambda {s.lambda_reg:g}, median {median:.4g}, alpha {alpha:.4g}")
-    how = {"pairs": pairs, "plan": plan, "loss_of": losses, "steps_per_epoch": len(kept) // s.batch_size}
-    trained("policy", base, epochs=s.epochs, lr=s.lr, log=out / "metrics.jsonl", **how)
+    trained("policy", base, pairs, len(kept), s.epochs, s.lr, plan, loss_of, log=out / "metrics.jsonl")
     on_rank_0(lambda: shutil.rmtree(out / "checkpoint", ignore_errors=True))
     say(
         f"done: {out / 'policy'}. Seconds: "
         + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in clock.items())
     )
+    evaluate.report_run(out, device)
 
 
 def pair_loss(
@@ -348,10 +340,9 @@ def pair_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 15 for some pairs of a batch: losses [B], and what is logged of them, [B] each.
 
-    scores: [B, 2] sums from the policy; index: [B] their rows in reference, the [N, 2] scores of the base model; lengths:
-    [N, 2] if scores are to be means over tokens; whole: (scores, index) of the global batch for objectives.BATCH_LEVEL;
-    running: the running mean of the reward margin.
-    """
+    scores: [B, 2] sums from the policy; index: [B] their rows in reference, the [N, 2] scores of the base
+    model; lengths: [N, 2] if scores are to be means over tokens; whole: (scores, index) of the global batch
+    for objectives.BATCH_LEVEL; running: the running mean of the reward margin."""
     if lengths is not None:
         scores = scores / lengths[index]
     (chosen, rejected), (ref_chosen, ref_rejected) = scores.unbind(1), reference[index].unbind(1)
@@ -391,22 +382,22 @@ def fit(
     stage: str,
     model: nn.Module,
     s: Settings,
+    shared: bool,
+    log: Path | None,
     pairs: list[Pair],
-    steps_per_epoch: int,
+    count: int,
     epochs: int,
     lr: float,
     plan: Callable[[int, nn.Module], Tensor],
     loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
-    shared: bool,
-    log: Path | None = None,
 ) -> None:
-    """The training loop of every stage; it trains `model` in place.
+    """The training loop of every stage; it trains `model` in place, on `count` of the pairs.
 
-    plan(epoch, model) -> the epoch's global batches, [n, m] indices into pairs, the same on every rank. loss_of(scores
-    [B, 2], index [B], whole, running) -> losses [B] and statistics. The update is that of the mean over the global batch,
-    however ranks and micro-batches split it. State (step, the epoch's batches, weights, AdamW's moments) is saved every
-    save_steps and on SIGTERM or Ctrl-C; where the run folder has one of this stage, the loop goes on from it.
-    """
+    plan(epoch, model) -> the epoch's global batches, [n, m] indices into pairs, the same on every rank.
+    loss_of(scores [B, 2], index [B], whole, running) -> losses [B] and statistics. The update is that of the
+    mean over the global batch, however ranks and micro-batches split it. State (step, the epoch's batches,
+    weights, AdamW's moments) is saved every save_steps and on SIGTERM or Ctrl-C; where the run folder has one
+    of this stage, the loop goes on from it."""
     (rank, world), device, out = rank_and_world(), next(model.parameters()).device, Path(s.output_dir)
     model.train()  # dropout is 0 all the same; gradient checkpointing wants it
     if s.gradient_checkpointing:
@@ -421,7 +412,12 @@ def fit(
         if world > 1
         else model
     )
+    steps_per_epoch = count // s.batch_size
     total = epochs * steps_per_epoch
+
+    def save() -> None:
+        on_rank_0(lambda: save_state(out, stage, step, running, batches, weights, optimizer))
+
     bar = tqdm(total=total, initial=step, desc=stage, unit="step", disable=rank > 0)
     with stop_signals() as stop_wanted, bar:
         while step < total:
@@ -471,11 +467,12 @@ def fit(
             ).tolist()  # the step's one wait for the GPU
             values = dict(zip(totals, sums))
             if not all(map(math.isfinite, [values["loss"], norm])):
-                on_rank_0(lambda: save_state(out, stage, step, running, batches, weights, optimizer))
+                save()
                 places = ", ".join(pairs[i].source for i in rows)
                 raise ValueError(
-                    f"{stage} step {step + 1}: the loss is {values['loss']}, the gradient's norm {norm}. Nothing was updated; the state before "
-                    f"this step is in {out / 'checkpoint'}. Look at these pairs, or lower the learning rate: {places}"
+                    f"{stage} step {step + 1}: loss {values['loss']}, gradient norm {norm}. Nothing was "
+                    f"updated; the state before this step is in {out / 'checkpoint'}. Lower the rate, or "
+                    f"look at the pairs of this batch: {places}"
                 )
             for group in optimizer.param_groups:  # up to lr over the warm-up, then down to 0, linearly
                 warmup = max(1, round(s.warmup * total))
@@ -509,44 +506,48 @@ def fit(
             )
             bar.update()
             if stop or (step % s.save_steps == 0 and step < total):
-                on_rank_0(lambda: save_state(out, stage, step, running, batches, weights, optimizer))
+                save()
             if stop:
                 raise SystemExit(
-                    f"stopped after {stage} step {step} of {total}, state saved: the same command goes on from here"
+                    f"stopped after {stage} step {step} of {total}, saved: the same command goes on from here"
                 )
 
 
-# ---------------------------------------------------------------------------------------------------------- run folder
+# ------------------------------------------------------------------------------------------------- run folder
 
 
 def open_donor(s: Settings, identity: dict[str, str]) -> Path | None:
-    """The folder of --proxy, if it is a finished run on the same data and model. Raises ValueError if not."""
+    """The folder of --proxy. Raises ValueError unless it is a run on the same data and model that got far
+    enough."""
     if not s.proxy:
         return None
     donor = Path(s.proxy)
-    if not (donor / "config.json").is_file() or not (donor / "policy").is_dir():
-        raise ValueError(f"--proxy {donor}: no finished run (it needs config.json and policy/)")
+    if not (donor / "config.json").is_file():
+        raise ValueError(f"--proxy {donor}: no run of train.py (no config.json)")
     theirs = json.loads((donor / "config.json").read_text())
     for key, value in identity.items():
         if theirs[key] != value:
             raise ValueError(
-                f"--proxy {donor}: trained on another {key} ({theirs[key]} there, {value} here); use a run with the same"
+                f"--proxy {donor}: of another {key} ({theirs[key]} there, {value} here); give one of the same"
             )
     for key in ("sft_epochs", "sft_lr") if s.sft_epochs else ("sft_epochs",):
         if theirs["settings"][key] != getattr(s, key):
             raise ValueError(
-                f"--proxy {donor}: has {key} {theirs['settings'][key]}, this run {getattr(s, key)}; they must be equal"
+                f"--proxy {donor}: {key} is {theirs['settings'][key]} there, {getattr(s, key)} here"
             )
-    has_proxy = "proxy_chosen" in load_scores(donor, identity)
-    if s.needs_proxy and not has_proxy and Settings(**theirs["settings"]).modified:
+    scores, plain = load_scores(donor, identity), not Settings(**theirs["settings"]).modified
+    if not scores or (
+        s.needs_proxy and "proxy_chosen" not in scores and not (plain and (donor / "policy").is_dir())
+    ):
         raise ValueError(
-            f"--proxy {donor}: neither a plain run (random batches, no filter, no lambda_reg) nor one with a proxy of its own"
+            f"--proxy {donor}: has no proxy margins and is no finished plain run, whose policy is a proxy"
         )
     return donor
 
 
 def open_run(s: Settings, identity: dict[str, str]) -> None:
-    """Make the run folder and its config.json; or check that what is there is a run of the same settings, data and model."""
+    """Make the run folder with its config.json, or check that it holds a run of these settings, data and
+    model."""
     out, settings = Path(s.output_dir), dataclasses.asdict(s)
     versions = {
         "python": platform.python_version(),
@@ -563,7 +564,8 @@ def open_run(s: Settings, identity: dict[str, str]) -> None:
         pairs += [(key, theirs.get(key), value) for key, value in identity.items()]
         if changed := [f"{key} {old!r} there, {new!r} here" for key, old, new in pairs if old != new]:
             raise ValueError(
-                f"{out} holds a run of another configuration ({'; '.join(changed)}): choose another --output_dir, or delete it"
+                f"{out} holds a run of another configuration ({'; '.join(changed)}): "
+                "choose another --output_dir, or delete it"
             )
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} exists and is no run folder: choose another --output_dir")
@@ -572,7 +574,8 @@ def open_run(s: Settings, identity: dict[str, str]) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """The file appears whole or not at all: `write` gets another name, which becomes `path` when all is on disk."""
+    """The file appears whole or not at all: what `write` writes elsewhere becomes `path` when it is on the
+    disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
     try:
@@ -584,21 +587,43 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def save_scores(out: Path, scores: dict[str, Tensor], identity: dict[str, str]) -> None:
-    write_atomically(out / "margins.safetensors", lambda path: save_file(scores, path, metadata={"identity": json.dumps(identity)}))
+def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(about | {"checksum": checksum(tensors)}, sort_keys=True)
+    write_atomically(path, lambda unfinished: save_file(tensors, unfinished, metadata={"about": text}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What save_tensors wrote; nothing, after saying so, if the file is damaged, and nothing if there is
+    none."""
+    if not path.is_file():
+        return {}, {}
+    try:
+        with safe_open(path, "pt") as file:
+            tensors, about = (
+                {key: file.get_tensor(key) for key in file.keys()},
+                json.loads(file.metadata()["about"]),
+            )
+        if about.pop("checksum") != checksum(tensors):
+            raise ValueError("its checksum is wrong")
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        say(f"{path} is damaged ({error}): not used, made again")
+        return {}, {}
+    return tensors, about
+
+
+def checksum(tensors: dict[str, Tensor]) -> int:
+    return functools.reduce(lambda crc, name: zlib.crc32(tensors[name].numpy(), crc), sorted(tensors), 0)
 
 
 def load_scores(run: Path, identity: dict[str, str]) -> dict[str, Tensor]:
-    """The columns of margins.safetensors, if they were scored on this data with this model and objective; else nothing."""
-    path = run / "margins.safetensors"
-    if not path.is_file():
-        return {}
-    with safe_open(path, "pt") as file:
-        if json.loads(file.metadata()["identity"]) != identity:
-            raise ValueError(
-                f"{path}: scores of other data, another model or objective; delete it to score again"
-            )
-        return {key: file.get_tensor(key) for key in file.keys()}
+    """The columns of margins.safetensors. Raises ValueError if they are of other data, model or objective."""
+    scores, about = load_tensors(run / "margins.safetensors")
+    if scores and about != identity:
+        raise ValueError(
+            f"{run / 'margins.safetensors'}: of other data, model or objective; delete it to score again"
+        )
+    return scores
 
 
 def save_state(
@@ -612,44 +637,31 @@ def save_state(
 ) -> None:
     tensors = {"batches": batches}
     for name, weight in weights.items():
-        moments = optimizer.state.get(weight) or {
-            key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")
-        }
-        tensors |= {
-            f"weight {name}": weight.data,
-            f"mean {name}": moments["exp_avg"],
-            f"square {name}": moments["exp_avg_sq"],
-        }
-    about = {"stage": stage, "step": str(step), "running": repr(running)}
-    write_atomically(
-        out / "checkpoint" / "state.safetensors", lambda path: save_file(tensors, path, metadata=about)
+        tensors[f"weight {name}"] = weight
+        if step:
+            tensors |= {f"{key} {name}": optimizer.state[weight][key] for key in ("exp_avg", "exp_avg_sq")}
+    save_tensors(
+        out / "checkpoint" / "state.safetensors", tensors, {"stage": stage, "step": step, "running": running}
     )
 
 
 def load_state(
     out: Path, stage: str, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> tuple[int, float, Tensor | None]:
-    """Steps done, running mean and batches of the current epoch; weights and optimizer are set. (0, 0, None) at the start."""
-    path = out / "checkpoint" / "state.safetensors"
-    if not path.is_file():
+    """(steps done, running mean, batches of the epoch), weights and optimizer set; (0, 0, None) at the
+    start."""
+    tensors, about = load_tensors(out / "checkpoint" / "state.safetensors")
+    if about.get("stage") != stage:  # none, or of a stage that is finished
         return 0, 0.0, None
-    with safe_open(path, "pt") as file:
-        about = file.metadata()
-        if about["stage"] != stage:  # of a stage that is finished
-            return 0, 0.0, None
-        step = int(about["step"])
-        for name, weight in weights.items():
-            weight.data.copy_(file.get_tensor(f"weight {name}"))
-            if step:
-                moments = [file.get_tensor(f"{key} {name}").to(weight.device) for key in ("mean", "square")]
-                optimizer.state[weight] = dict(
-                    zip(
-                        ("step", "exp_avg", "exp_avg_sq"),
-                        (torch.tensor(float(step), device=weight.device), *moments),
-                    )
-                )
-        say(f"{stage}: going on from step {step}")
-        return step, float(about["running"]), file.get_tensor("batches")
+    for name, weight in weights.items():
+        weight.data.copy_(tensors[f"weight {name}"])
+        if about["step"]:
+            moments = {key: tensors[f"{key} {name}"].to(weight.device) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[weight] = moments | {
+                "step": torch.tensor(float(about["step"]), device=weight.device)
+            }
+    say(f"{stage}: going on from step {about['step']}")
+    return about["step"], about["running"], tensors["batches"]
 
 
 def cut_log(log: Path, step: int) -> None:
@@ -660,7 +672,7 @@ def cut_log(log: Path, step: int) -> None:
         write_atomically(log, lambda path: path.write_text("".join(lines)))
 
 
-# ------------------------------------------------------------------------------------------------- what the reader is told
+# ------------------------------------------------------------------------------------ what the reader is told
 
 
 def describe(
@@ -686,11 +698,12 @@ def describe(
         + ", ".join(f"{len(part):,} to {use}" for use, part in splits.items())
     ]
     lines += [
-        f"batches of {s.batch_size} pairs over {world} rank{'s' * (world > 1)} on {device.type}, {s.micro_batch_tokens} tokens a forward pass"
+        f"batches of {s.batch_size} pairs over {world} rank{'s' * (world > 1)} on {device.type}, "
+        f"{s.micro_batch_tokens} tokens a forward pass"
     ]
     if not shared:
         lines += [
-            "two rows a pair: this model cannot share one prompt between two responses (mask or position ids); slower, same numbers"
+            "two rows a pair, slower: this model's mask or positions do not let two responses share a prompt"
         ]
     for pair in splits["train"][:3]:
         prompt, chosen, rejected = (tokenizer.decode(ids) for ids in pair[:3])
@@ -721,9 +734,8 @@ def filter_report(
     ratio = removed.double().mean().item()
     result = {"tau": tau, "gamma": s.gamma, "ratio": ratio, "kept": len(kept)} | steps
     write_atomically(out / "filter.json", lambda path: path.write_text(json.dumps(result)))
-    say(
-        f"filter: step 1 removed {len(steps['removed_step1'])}, step 2 {len(steps['removed_step2'])} of {len(base)} pairs ({ratio:.2%}), tau {tau:.3f}"
-    )
+    first, second = map(len, steps.values())
+    say(f"filter: step 1 removed {first}, step 2 {second} of {len(base)} pairs ({ratio:.2%}), tau {tau:.3f}")
     if truths:
         for name, test in (
             ("flipped by annotation noise", lambda truth: truth["flipped"]),
@@ -739,11 +751,12 @@ def filter_report(
             say(f"  {name}: {', '.join(shares)}; {is_so.mean():.1%} of all pairs")
 
 
-# -------------------------------------------------------------------------------------------------------------- process
+# ---------------------------------------------------------------------------------------------------- process
 
 
 def generator(*key: Any) -> torch.Generator:
-    """A private generator: its numbers depend on the key, such as (seed, purpose, epoch), and on nothing that happened before."""
+    """A private generator: its numbers depend on the key, (seed, purpose, epoch), and on nothing that
+    happened before."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7]))
 
 
@@ -808,7 +821,7 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # for what stays in float32
     try:
         (settings,) = read(*words)
         if "LOCAL_RANK" in os.environ:
