@@ -28,6 +28,9 @@ import torch
 from torch import Tensor
 
 HH_MARK = "\n\nAssistant:"
+# Llama 3's template writes today's date into the system prompt: data would change at midnight, and with it
+# splits and fingerprints. This is the date that it falls back to.
+FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 FORMATS = (
     'give {"prompt", "chosen", "rejected"} as strings or as message lists, {"chosen", "rejected"} as message '
     "lists that begin alike, or Anthropic HH transcripts"
@@ -53,8 +56,7 @@ class Pair(NamedTuple):
 
 
 def read_preferences(source: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """Rows {prompt, chosen, rejected, source} from a .json or .jsonl file (or .gz of either), or from a
-    dataset on the hub.
+    """Rows {prompt, chosen, rejected, source} from a .json or .jsonl file, .gz of these, or a hub dataset.
 
     source: a path; or "owner/name", or "owner/name:file/in/it.jsonl.gz" where the repository holds several
     such files. prompt, chosen, rejected: strings, or a message list and two messages. limit: only the first K
@@ -63,9 +65,7 @@ def read_preferences(source: str, limit: int | None = None) -> list[dict[str, An
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", source):
         path = _download(source)
     if not path.is_file():
-        raise ValueError(
-            f"{source}: no such file; give a .json or .jsonl file, .gz of these, or a hub id owner/name"
-        )
+        raise ValueError(f"{source}: no such file; give a .json or .jsonl file, .gz of these, or a hub id")
     rows = []
     for place, value in _json_values(path):
         if limit is not None and len(rows) == limit:
@@ -81,24 +81,20 @@ def _download(source: str) -> Path:
 
     name, _, file = source.partition(":")
     try:
-        files = [
-            f for f in HfApi().list_repo_files(name, repo_type="dataset") if re.search(r"\.jsonl?(\.gz)?$", f)
-        ]
+        files = HfApi().list_repo_files(name, repo_type="dataset")
+        files = [name for name in files if re.search(r"\.jsonl?(\.gz)?$", name)]
         if not file and len(files) == 1:
             file = files[0]
         if file in files:
             return Path(hf_hub_download(name, file, repo_type="dataset"))
     except Exception as error:  # offline, no such repository, gated, ...: whatever the hub's client raises
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"{source}: no such file, and the hub gave no such dataset ({type(error).__name__}: {reason})"
-        ) from None
+        reason = f"{type(error).__name__}: {reason}"
+        raise ValueError(f"{source}: no such file, and the hub gave no such dataset ({reason})") from None
     if files:
-        raise ValueError(
-            f"{source}: name one of its files, as in {name}:{files[0]} (it holds {', '.join(files[:8])})"
-        )
+        raise ValueError(f"{source}: name one of its files, as {name}:{files[0]} (of {', '.join(files[:8])})")
     raise ValueError(
-        f"{source}: holds no .json or .jsonl file; convert it first, as with datasets' Dataset.to_json"
+        f"{source}: holds no .json or .jsonl file; convert it, as with datasets' Dataset.to_json"
     )
 
 
@@ -139,11 +135,13 @@ def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _recognise(row: Any, place: str) -> dict[str, Any]:
-    """One row in one of the FORMATS -> {prompt, chosen, rejected}, and "drop": reason if it is no usable
-    pair."""
+    """A row in one of the FORMATS -> {prompt, chosen, rejected}, and "drop": why, if it is no usable pair."""
     keys = sorted(row) if isinstance(row, dict) else type(row).__name__
     if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
         raise ValueError(f"{place}: no preference pair (found {keys}); {FORMATS}")
+    if isinstance(row.get("prompt"), str) and isinstance(row["chosen"], list) and row["chosen"]:
+        if row["chosen"][0] == {"role": "user", "content": row["prompt"]}:  # the prompt stands twice
+            row = {key: row[key] for key in ("chosen", "rejected")}
     values = [row[key] for key in ("chosen", "rejected", "prompt") if key in row]
     if all(isinstance(value, str) for value in values):
         if "prompt" in row:
@@ -160,17 +158,12 @@ def _recognise(row: Any, place: str) -> dict[str, Any]:
     elif all(isinstance(value, list) and value for value in values):
         talks = [row.get("prompt", []) + row["chosen"], row.get("prompt", []) + row["rejected"]]
         for message in talks[0] + talks[1]:
-            if not (
-                isinstance(message, dict)
-                and isinstance(message.get("role"), str)
-                and isinstance(message.get("content"), str)
-            ):
+            values = (
+                [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None]
+            )
+            if not all(isinstance(value, str) for value in values) or len(message) > 2:
                 raise ValueError(
                     f"{place}: a message must be {{role: text, content: text}}, not {str(message)[:80]}"
-                )
-            if extra := message.keys() - {"role", "content"}:
-                raise ValueError(
-                    f"{place}: messages with {sorted(extra)} are not supported; leave role and content"
                 )
         prompts, answers = [talk[:-1] for talk in talks], [talk[-1] for talk in talks]
         if any(answer["role"] != "assistant" for answer in answers):
@@ -182,9 +175,7 @@ def _recognise(row: Any, place: str) -> dict[str, Any]:
     try:
         "".join(texts).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{place}: text that is no Unicode ({error.reason}); half of a character was cut off"
-        ) from None
+        raise ValueError(f"{place}: text that is no Unicode ({error.reason}): half a character?") from None
     found = {"prompt": prompts[0], "chosen": answers[0], "rejected": answers[1]}
     chosen, rejected = (a if isinstance(a, str) else a["content"] for a in answers)
     if prompts[0] != prompts[1]:
@@ -209,9 +200,7 @@ def tokenize_preferences(
     each response by itself loses its end. Raises ValueError if nothing is left, or if the rows hold messages
     and the tokenizer has no chat template."""
     if not 2 <= max_length or not (max_prompt_length is None or 1 <= max_prompt_length < max_length):
-        raise ValueError(
-            f"max_prompt_length {max_prompt_length} must be at least 1 and below max_length {max_length}"
-        )
+        raise ValueError(f"max_prompt_length {max_prompt_length} must be 1 to below max_length {max_length}")
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end token (eos_token), so a response cannot end; set one")
     counts = Counter({"read": len(rows)})
@@ -231,15 +220,14 @@ def tokenize_preferences(
     ids = _encode(texts, tokenizer)
 
     pairs = []
-    control_ids = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
-        tokenizer.all_special_ids
-    )
+    control_ids = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    control_ids |= set(tokenizer.all_special_ids)
     for (index, row), alone, *full in zip(usable, ids[0::3], ids[1::3], ids[2::3]):
         if isinstance(row["prompt"], str):
             start = [bos] if bos_added and alone[:1] != [bos] else []
             alone, full = start + alone, [start + side + [tokenizer.eos_token_id] for side in full]
         else:
-            full = [_one_end_token(side, len(alone), control_ids, tokenizer.eos_token_id) for side in full]
+            full = [_one_end_token(side, len(alone), control_ids, tokenizer) for side in full]
         # Tokens merged across the boundary differ from those the prompt has alone: they go to the response.
         split = min(_common_prefix(alone, side) for side in full)
         counts["prompt and response merged at the boundary"] += split < len(alone)
@@ -263,7 +251,7 @@ def tokenize_preferences(
     counts = {reason: count for reason, count in counts.items() if count}
     if not pairs:
         raise ValueError(
-            f"{rows[0]['source']}: no pair is left ({listed(counts)}): look at the data, or at max_length"
+            f"{rows[0]['source']}: no pair is left ({listed(counts)}): look at data or max_length"
         )
     return pairs, counts
 
@@ -273,9 +261,8 @@ def listed(counts: dict[str, int]) -> str:
 
 
 def _control_tokens(tokenizer: Any) -> str:
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | set(
-        tokenizer.all_special_tokens
-    )
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= set(tokenizer.all_special_tokens)
     return "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)) or "(?!)"
 
 
@@ -286,13 +273,10 @@ def _segments(row: dict[str, Any], side: str | None, tokenizer: Any, controls: s
         return [(row["prompt"] + (row[side] if side else ""), True)]
     if not tokenizer.chat_template:
         raise ValueError(
-            f"{row['source']}: messages need a chat template, the tokenizer has none: give --chat_template FILE"
+            f"{row['source']}: messages, but the tokenizer has no template: --chat_template FILE"
         )
     messages = row["prompt"] + ([row[side]] if side else [])
-    mark, held = (
-        "\ue000",
-        [],
-    )  # stands in for a control token that a user wrote, while the template is rendered
+    mark, held = "\ue000", []  # in place of control tokens that a user wrote, while the template is rendered
     while any(mark in message["content"] for message in messages):
         mark += "\ue000"
 
@@ -301,8 +285,9 @@ def _segments(row: dict[str, Any], side: str | None, tokenizer: Any, controls: s
         return mark + "\ue001"
 
     safe = [message | {"content": re.sub(controls, hold, message["content"])} for message in messages]
+    how = {"chat_template": FIXED_DATE + tokenizer.chat_template, "add_generation_prompt": side is None}
     try:
-        rendered = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=side is None)
+        rendered = tokenizer.apply_chat_template(safe, tokenize=False, **how)
     except Exception as error:  # templates raise what they like, for example on a system message
         raise ValueError(f"{row['source']}: the chat template refuses this conversation ({error})") from None
     parts = rendered.split(mark + "\ue001")
@@ -317,22 +302,20 @@ def _encode(texts: list[list[tuple[str, bool]]], tokenizer: Any) -> list[list[in
     pieces = {}
     for literal in (False, True):
         wanted = [segment for text in texts for segment, kind in text if kind == literal]
-        encoded = (
-            tokenizer(wanted, add_special_tokens=False, split_special_tokens=literal, verbose=False).input_ids
-            if wanted
-            else []
-        )
-        pieces[literal] = iter(encoded)
+        how = {"add_special_tokens": False, "split_special_tokens": literal, "verbose": False}
+        pieces[literal] = iter(tokenizer(wanted, **how).input_ids if wanted else [])
     return [[id for _, literal in text for id in next(pieces[literal])] for text in texts]
 
 
-def _one_end_token(ids: list[int], prompt_length: int, control_ids: set[int], eos: int) -> list[int]:
-    """Cut what the template puts behind the end-of-turn token (often a newline); add an end token if it puts
-    none."""
+def _one_end_token(ids: list[int], prompt_length: int, control_ids: set[int], tokenizer: Any) -> list[int]:
+    """Cut what a template puts behind the end of turn (newline, second end token); add one if none."""
+    end = None
     for last in range(len(ids) - 1, prompt_length - 1, -1):
         if ids[last] in control_ids:
-            return ids[: last + 1]
-    return ids + [eos]
+            end = last + 1
+        elif tokenizer.decode(ids[last]).strip():
+            break
+    return ids + [tokenizer.eos_token_id] if end is None else ids[:end]
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:
@@ -372,9 +355,8 @@ def load_splits(
     lengths = settings["max_length"], settings["max_prompt_length"]
     pairs, counts = tokenize_preferences(rows, tokenizer, *lengths)
     shares = (0.0 if held_out else settings["eval_share"], 0.2 if settings["sft_epochs"] else 0.0)
-    evaluation, sft, train = split_by_prompt(
-        pairs, (shares[0], shares[1] * (1 - shares[0])), settings["seed"]
-    )
+    shares = shares[0], shares[1] * (1 - shares[0])
+    evaluation, sft, train = split_by_prompt(pairs, shares, settings["seed"])
     if held_out:
         evaluation, _ = tokenize_preferences(held_out, tokenizer, *lengths)
     return {"train": train, "sft": sft, "eval": evaluation}, rows, counts
@@ -392,12 +374,12 @@ def fingerprint(pairs: list[Pair]) -> str:
 # ---------------------------------------------------------------------------------------------------- collate
 
 
-def micro_batches(pairs: list[Pair], tokens: int) -> list[list[int]]:
-    """Indices into pairs in groups of similar length, each at most `tokens` long when padded (or one
-    pair)."""
+def micro_batches(pairs: list[Pair], tokens: int, shared_prompt: bool = True) -> list[list[int]]:
+    """Indices into pairs in groups of similar length, at most `tokens` when padded (or 1 pair)."""
+    sizes = [pair.size if shared_prompt else pair.size + len(pair.prompt) for pair in pairs]
     groups: list[list[int]] = []
-    for index in sorted(range(len(pairs)), key=lambda i: -pairs[i].size):
-        if groups and (len(groups[-1]) + 1) * pairs[groups[-1][0]].size <= tokens:
+    for index in sorted(range(len(pairs)), key=lambda i: -sizes[i]):
+        if groups and (len(groups[-1]) + 1) * sizes[groups[-1][0]] <= tokens:
             groups[-1].append(index)
         else:
             groups.append([index])
@@ -410,7 +392,7 @@ def scoring_batches(
     """(indices, batch) that together cover this rank's pairs, rank, rank + world, ... once, for
     model.score_pairs."""
     mine = range(rank, len(pairs), world)
-    for group in micro_batches([pairs[i] for i in mine], tokens):
+    for group in micro_batches([pairs[i] for i in mine], tokens, shared_prompt):
         index = [mine[i] for i in group]
         yield index, collate([pairs[i] for i in index], shared_prompt)
 
@@ -422,12 +404,12 @@ def collate(pairs: list[Pair], shared_prompt: bool = True) -> dict[str, Tensor]:
     mask, two rows a pair: prompt + chosen, prompt + rejected. Padding stands on the right, where no token
     looks. A response may be empty (for SFT, which has no rejected ones).
 
-    input_ids, position_ids   [R, T] attention_mask            [R, 1, T, T] bool, True = may attend; with two
-    plain rows [R, T], and no position_ids keep                      [R, T] bool: positions whose logits are
-    needed, the next token being a response token; K in all predictor, target, owner  [S]: for each response
-    token, which of the K logits predicts it, its id, and whose it is:
-                              2 b for chosen and 2 b + 1 for rejected of pair b. The prompt's last position
-                              predicts two tokens.
+    input_ids, position_ids   [R, T]
+    attention_mask            [R, 1, T, T] bool, True = may attend; for plain rows [R, T], no position_ids
+    keep                      [R, T] bool: where the next token is a response token, so logits are needed;
+                              K in all. The prompt's last position predicts two tokens.
+    predictor, target, owner  [S]: for each response token, which of the K logits predicts it, its id, and
+                              whose it is: 2 b for chosen and 2 b + 1 for rejected of pair b
     lengths                   [B, 2]: tokens of chosen and of rejected
     """
     rows = []  # of pairs (owner, response) that share a row

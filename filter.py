@@ -52,9 +52,11 @@ def tau_for_ratio(base: Tensor, proxy: Tensor, ratio: float, gamma: float = 1.0)
     [0, 1) or if step 1 alone removes more."""
     decrease = margin_decrease(base, proxy)
     step1, wanted = int(decrease.sum()), ratio * len(base)
-    if not 0 <= ratio < 1:
-        raise ValueError(f"the filter ratio must be at least 0 and below 1, not {ratio}")
-    if step1 > wanted:
+    if not 0 <= ratio < 1 or not len(base):
+        raise ValueError(
+            f"the filter ratio must be in [0, 1), of one pair at least: not {ratio} of {len(base)}"
+        )
+    if step1 > wanted + 1e-6:  # not by a rounding error
         raise ValueError(
             f"step 1 (negative and falling margins) alone removes {step1} of {len(base)} pairs "
             f"= {step1 / len(base):.2%}, more than the filter ratio {ratio:.2%}: raise it, or give tau"

@@ -79,7 +79,7 @@ def slic_loss(
 ) -> Tensor:
     """max(0, 1 - beta [(chosen - ref_chosen) - (rejected - ref_rejected)]): the hinge of SLiC-HF.
 
-    Zhao et al. 2023 (arXiv 2305.10425, Eq. 5), with the reference inside as in RSO (Liu et al. 2023, arXiv
+    Zhao et al. 2023 (arXiv 2305.10425), with the reference inside as in RSO (Liu et al. 2023, arXiv
     2309.06657)."""
     return F.relu(1 - beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))
 

@@ -1,8 +1,7 @@
-"""The causal language model: loading, the built-in tiny one, LoRA, and the log-probabilities everything else
-is made of.
+"""The causal language model: loading, the built-in tiny one, LoRA, and log-probabilities of responses.
 
-    s(y) = sum over the response's tokens of log pi(token | prompt and tokens before)      margin = s(y+) -
-    s(y-)   Eq. 1
+    s(y) = sum over the response's tokens of log pi(token | prompt and tokens before)
+    margin = s(y+) - s(y-)    # Eq. 1
 
 Prompt tokens are excluded, the end token is included. `sequence_logps` computes both sums of each pair from
 the rows that data.collate makes, with logits at response positions only, the log-softmax in float32 and the
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -59,9 +59,10 @@ def load_model(name: str | Path, seed: int = 0) -> nn.Module:
     if name == BUILTIN:
         return builtin_model(seed)
     config = _from_pretrained(AutoConfig, name)
-    for key, value in config.to_dict().items():
-        if "drop" in key and isinstance(value, float):  # attention_dropout, resid_pdrop, ...
-            setattr(config, key, 0.0)
+    for part in (config, config.get_text_config()):
+        for key, value in part.to_dict().items():
+            if "drop" in key and isinstance(value, float):  # attention_dropout, resid_pdrop, ...
+                setattr(part, key, 0.0)
     return _from_pretrained(
         AutoModelForCausalLM, name, config=config, dtype=torch.float32, use_safetensors=True
     )
@@ -122,7 +123,7 @@ def builtin_model(seed: int) -> nn.Module:
         eos_token_id=0,
         pad_token_id=0,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
 
@@ -133,11 +134,14 @@ def stage_folder(run: Path, stage: str) -> Path:
     while not (run / stage).is_dir():
         settings = json.loads((run / "config.json").read_text())["settings"]
         if not settings["proxy"]:
+            # a plain run is the proxy of those that were given it
+            plain = (
+                settings["batching"] == "random" and settings["filter_ratio"] == settings["lambda_reg"] == 0
+            )
+            if stage == "proxy" and plain and settings["tau"] is None:
+                return run / "policy"
             raise ValueError(f"{run} has no {stage}/")
-        donor = Path(settings["proxy"])
-        if stage == "proxy" and not (donor / "proxy").is_dir():
-            stage = "policy"
-        run = donor
+        run = Path(settings["proxy"])
     return run / stage
 
 
@@ -151,7 +155,7 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """16 hex digits of the architecture's names and shapes and of up to 1,024 evenly spaced weights of every
+    """16 hex digits of the architecture's names and shapes and of some 1,000 evenly spaced weights of every
     tensor."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -180,7 +184,8 @@ class LoRALinear(nn.Module):
         return self.linear(x) + self.scale * (x @ self.a.T @ self.b.T)
 
     def merged(self) -> nn.Linear:
-        self.linear.weight.data += self.scale * self.b.data @ self.a.data
+        update = self.scale * self.b.data.double() @ self.a.data.double()  # not in TF32
+        self.linear.weight.data += update.float()
         return self.linear
 
 
@@ -228,8 +233,18 @@ def autocast(device: torch.device) -> AbstractContextManager:
 
 
 def token_logps(logits: Tensor, predictor: Tensor, target: Tensor) -> Tensor:
-    """log softmax(logits)[predictor, target], in float32. logits [K, V]; predictor, target [S] -> [S]."""
-    return logits.float().log_softmax(dim=-1)[predictor, target]
+    """log softmax(logits)[predictor, target], in float32. logits [K, V]; predictor, target [S] -> [S].
+
+    Many tokens go in parts, computed again for their gradients: float32 never holds all of them.
+    """
+
+    def part(p: Tensor, t: Tensor) -> Tensor:
+        return logits[p].float().log_softmax(dim=-1).gather(1, t[:, None]).squeeze(1)
+
+    if len(target) <= 1024:
+        return logits.float().log_softmax(dim=-1)[predictor, target]
+    parts = zip(predictor.split(1024), target.split(1024))
+    return torch.cat([checkpoint(part, p, t, use_reentrant=False) for p, t in parts])
 
 
 def sequence_logps(model: nn.Module, batch: dict[str, Tensor], exact: bool = False) -> Tensor:
@@ -259,6 +274,8 @@ def shares_prompt(model: nn.Module, one_row: dict[str, Tensor], two_rows: dict[s
         scores = [
             sequence_logps(model, to_device(batch, device), exact=True) for batch in (one_row, two_rows)
         ]
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, RuntimeError):  # the model refuses the mask or the position ids
         return False
     finally:

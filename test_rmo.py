@@ -465,6 +465,27 @@ def test_scores_do_not_depend_on_padding_other_rows_or_micro_batches():
     assert all(len(g) == 1 or len(g) * max(pairs[i].size for i in g) <= 40 for g in groups)
 
 
+def test_log_probabilities_in_parts_are_those_of_the_whole():
+    logits = torch.randn(900, 50, generator=seeded(), requires_grad=True)
+    predictor = torch.randint(900, (3000,), generator=seeded()).sort().values
+    target = torch.randint(50, (3000,), generator=seeded())
+    whole, parts = logits.log_softmax(1)[predictor, target], lm.token_logps(logits, predictor, target)
+    assert torch.allclose(parts, whole, rtol=1e-5)
+    slopes = [torch.autograd.grad((x * x).sum(), logits)[0] for x in (whole, parts)]
+    assert torch.allclose(*slopes, rtol=1e-4, atol=1e-5)
+
+
+def test_fast_products_are_float32():
+    batch, model = data.collate(some_pairs()), lm.builtin_model(0)
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    plain = lm.sequence_logps(model, batch)
+    try:
+        lm.fast_products()
+        assert torch.allclose(lm.sequence_logps(model, batch), plain, rtol=1e-6)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+
+
 def test_scores_that_are_not_finite_are_refused():
     model, pairs = tiny("llama"), some_pairs(3)
     model.lm_head.weight.data[pairs[1].chosen[0]] = math.nan
@@ -549,10 +570,11 @@ def test_formats_that_mean_the_same_give_the_same_pair(tokenizer, tmp_path):
     a, b = ({"role": "assistant", "content": text} for text in ("Hot water.", "No."))
     explicit = {"prompt": whole, "chosen": [a], "rejected": [b]}
     implicit = {"chosen": [*whole, a], "rejected": [*whole, b]}
+    with_text = {"prompt": "Hi", "chosen": [*whole, a], "rejected": [*whole, b]}  # as HuggingFaceH4's
     split_late = {"prompt": whole[:1], "chosen": [*whole[1:], a], "rejected": [*whole[1:], b]}
-    pairs, counts = pairs_of([explicit, implicit, split_late], tokenizer, tmp_path)
-    assert counts == {"read": 3, "kept": 3}
-    assert pairs[0][:3] == pairs[1][:3] == pairs[2][:3]
+    pairs, counts = pairs_of([explicit, implicit, split_late, with_text], tokenizer, tmp_path)
+    assert counts == {"read": 4, "kept": 4}
+    assert pairs[0][:3] == pairs[1][:3] == pairs[2][:3] == pairs[3][:3]
     assert (
         tokenizer.decode(pairs[0].prompt)
         == "<|user|>Hi<|end|><|assistant|>Yes?<|end|><|user|>Tea?<|end|><|assistant|>"
@@ -685,6 +707,21 @@ def test_only_whole_conversations_are_templated_and_the_end_token_is_supervised_
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no system role') }}")
     with pytest.raises(ValueError, match="rows.jsonl:1.*no system role"):
         pairs_of([row], tokenizer, tmp_path)
+
+
+def test_templates_that_differ(tokenizer, tmp_path, monkeypatch):
+    """Phi-3's ends with a second end token; Llama 3's writes today's date into the prompt."""
+    row = chat("Tea?", "Hot water. ", "No.")
+    monkeypatch.setattr(
+        tokenizer,
+        "chat_template",
+        lm.BUILTIN_TEMPLATE + "{% if not add_generation_prompt %}\n<|user|>{% endif %}",
+    )
+    (pair,), _ = pairs_of([row], tokenizer, tmp_path)
+    assert tokenizer.decode(pair.chosen) == "Hot water. <|end|>"
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ strftime_now('%d %b %Y') }}" + lm.BUILTIN_TEMPLATE)
+    (pair,), _ = pairs_of([row], tokenizer, tmp_path)
+    assert tokenizer.decode(pair.prompt).startswith("26 Jul 2024<|user|>Tea?")
 
 
 def test_one_bos_at_most(tokenizer, tmp_path, monkeypatch):
@@ -1042,7 +1079,7 @@ def stop_at(stage, number, out):
 def test_interrupted_and_run_again_ends_the_same(stage, number, whole_run, tmp_path):
     out = tmp_path / "run"
     told, code = stop_at(stage, number, out)
-    assert code != 0 and (number == signal.SIGKILL or "the same command goes on from here" in told), told
+    assert code != 0 and (number == signal.SIGKILL or "the same command goes on" in told), told
     run(out, save_steps=1)
     assert equal(weights(out), weights(whole_run)) and metrics(out) == metrics(whole_run)
     for name in ("margins.safetensors", "filter.json"):
@@ -1094,7 +1131,7 @@ def test_one_small_step_moves_float32_weights():
         ("--lorarank 3", "unknown flag --lorarank 3"),
         ("--tau 3 --filter_ratio 0.1", "--tau and --filter_ratio"),
         ("--lr nan", "--lr nan is out of range"),
-        ("--batch_size 5000", "do not fill a batch"),
+        ("--batch_size 5000", "fill no batch of 5000"),
         ("--data missing.jsonl", "missing.jsonl: no such file"),
         ("--model /tmp", "/tmp: no model folder"),
         ("--proxy /tmp", "/tmp: no run of train.py"),
@@ -1104,15 +1141,8 @@ def test_one_small_step_moves_float32_weights():
 )
 def test_bad_flags_stop_with_one_line_and_leave_nothing(flags, error, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "train.py",
-            *flags.split(),
-            *([] if "json" in flags[-5:] and " " not in flags else ["--output_dir", str(out)]),
-        ],
-    )
+    words = flags.split() if flags == "missing.json" else [*flags.split(), "--output_dir", str(out)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
     with pytest.raises(SystemExit) as stop:
         train.main()
     told = (str(stop.value.code) + capsys.readouterr().err).strip()
@@ -1132,6 +1162,57 @@ def test_what_does_not_belong_together_is_refused(whole_run, tmp_path):
         (tmp_path / "something").touch()
         with pytest.raises(ValueError, match=error):
             run(**({"out": settings.pop("output_dir", tmp_path / "new")} | settings))
+
+
+def test_flags_may_stand_in_a_file(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "rmo", lambda settings, device: seen.append(settings))
+    (tmp_path / "a.json").write_text('{"lr": 1e-5, "batching": "low", "eval_data": null}')
+    (tmp_path / "a.yaml").write_text("lr: 1e-5  # text to YAML 1.1\nbatching: low\n")
+    (tmp_path / "b.yaml").write_text("learning_rate: 1\n")
+    for name in ("a.json", "a.yaml"):
+        monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / name)])
+        train.main()
+    assert seen == [train.Settings(lr=1e-5, batching="low")] * 2
+    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "b.yaml")])
+    with pytest.raises(SystemExit, match="unknown flag --learning_rate"):
+        train.main()
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_damaged_state_is_noticed_and_made_again(whole_run, tmp_path, capsys):
+    out = tmp_path / "run"
+    stop_at("policy", signal.SIGKILL, out)
+    flip_a_byte(out / "margins.safetensors")
+    flip_a_byte(out / "checkpoint" / "state.safetensors")
+    (out / "policy.unfinished").mkdir()  # left by a crash while saving
+    run(out, save_steps=1)
+    assert capsys.readouterr().out.count("is damaged (its checksum is wrong)") == 2
+    assert equal(weights(out), weights(whole_run)) and metrics(out) == metrics(whole_run)
+    assert (out / "margins.safetensors").read_bytes() == (whole_run / "margins.safetensors").read_bytes()
+
+
+def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_when_there_is_space(whole_run, tmp_path):
+    import resource
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # a model has 1.6 MB
+
+    child = start(command(output_dir=tmp_path / "run"), preexec_fn=small_files)
+    told = child.communicate()[0]
+    assert child.returncode == 1 and "Traceback" not in told, told
+    assert re.search(r"train.py: error: .*[Ff]ile too large", told), told
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {
+        "config.json",
+        "sft.unfinished",
+        "checkpoint",
+    }
+    assert equal(weights(run(tmp_path / "run")), weights(whole_run))
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_pairs(tmp_path):
@@ -1204,7 +1285,7 @@ def test_length_controlled_win_rate_recovers_the_truth():
 
 
 @pytest.fixture(scope="module")
-def tiny():
+def chatty():
     tokenizer = lm.builtin_tokenizer(data.builtin_texts())
     rows = data.synthetic_preferences(6, 0)
     prompts = [pair.prompt for pair in data.tokenize_preferences(rows, tokenizer)[0]]
@@ -1212,8 +1293,8 @@ def tiny():
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0, 1.0), (0.7, 1.0), (1.0, 0.8)])
-def test_outputs_do_not_depend_on_the_batch(tiny, temperature, top_p):
-    model, tokenizer, prompts = tiny
+def test_outputs_do_not_depend_on_the_batch(chatty, temperature, top_p):
+    model, tokenizer, prompts = chatty
     outputs = [
         evaluate.generate(model, tokenizer, prompts, 10, temperature, top_p, 1, size) for size in (1, 3, 8)
     ]
@@ -1221,9 +1302,9 @@ def test_outputs_do_not_depend_on_the_batch(tiny, temperature, top_p):
     assert (outputs[0][0] == outputs[0][-2]) == (temperature == 0)  # the same prompt again is another sample
 
 
-def test_gumbel_noise_samples_from_the_softmax(tiny):
+def test_gumbel_noise_samples_from_the_softmax(chatty):
     """3,000 first tokens against the model's probabilities: chi squared below its 99.9 % point."""
-    model, tokenizer, prompts = tiny
+    model, tokenizer, prompts = chatty
     with torch.no_grad():
         p = (model(torch.tensor([prompts[0]])).logits[0, -1].double() / 2).softmax(0)
     sample = evaluate._sampling(list(range(3000)), 2.0, 1.0)
@@ -1234,8 +1315,8 @@ def test_gumbel_noise_samples_from_the_softmax(tiny):
     assert sum((seen - 3000 * q) ** 2 / (3000 * q) for q, seen in groups) < 43.8  # 19 degrees of freedom
 
 
-def test_greedy_is_the_plain_argmax_loop(tiny):
-    model, tokenizer, prompts = tiny
+def test_greedy_is_the_plain_argmax_loop(chatty):
+    model, tokenizer, prompts = chatty
     ids = list(prompts[2])
     for _ in range(8):
         with torch.no_grad():
@@ -1246,8 +1327,8 @@ def test_greedy_is_the_plain_argmax_loop(tiny):
     assert found == tokenizer.decode(new, skip_special_tokens=True)
 
 
-def test_generation_goes_on_where_it_stopped(tiny, tmp_path):
-    model, tokenizer, _ = tiny
+def test_generation_goes_on_where_it_stopped(chatty, tmp_path):
+    model, tokenizer, _ = chatty
     prompts = evaluate.read_prompts("built-in")[:5]
     how = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "seed": 0, "batch_size": 2}
     evaluate.write_outputs(tmp_path / "a" / "model_outputs.json", "x", model, tokenizer, prompts, how)
@@ -1317,7 +1398,7 @@ def judge_stub(number, body):
     return 200, stub_answer(body["messages"][-1]["content"])
 
 
-def command(*words):
+def call(*words):
     """evaluate.py as a user calls it, in this process: its exit message, or None."""
     try:
         evaluate.run(evaluate.parse([str(word) for word in words]))
@@ -1351,14 +1432,14 @@ def test_judge_equals_alpaca_evals_golden_files(golden, no_waiting):
     folder, source = golden
     with endpoint(judge_stub) as (url, seen):
         words = [folder, "--judge", url, "--judge_model", "gpt-4o-2024-05-13", "--json", folder / "o.json"]
-        assert command(*words, "--judge_prompt", source / "alpaca_eval_clf.txt") is None
+        assert call(*words, "--judge_prompt", source / "alpaca_eval_clf.txt") is None
 
         def wire(requests):
             return {json.dumps(r, sort_keys=True) for r in requests}
 
         wanted = json.loads((source / "requests.json").read_text())
         assert wire(seen) == wire(wanted) and len(seen) == len(wanted)
-        assert command(*words, "--judge_prompt", source / "alpaca_eval_clf.txt") is None
+        assert call(*words, "--judge_prompt", source / "alpaca_eval_clf.txt") is None
         assert len(seen) == len(wanted)  # nothing is paid for twice
     found, expected = (json.loads((f / "annotations.json").read_text()) for f in (folder, source))
     keys = ("dataset", "instruction", "output_1", "generator_1", "output_2", "generator_2")
@@ -1394,12 +1475,12 @@ def test_judge_survives_a_bad_endpoint_and_loses_nothing(golden, no_waiting, cap
     limit = [20]
     with endpoint(answer) as (url, seen):
         words = [folder, "--judge", url, "--concurrency", 3]
-        message = command(*words)
+        message = call(*words)
         kept = len(evaluate.read_lines(folder / "answers.jsonl"))
         assert "HTTP 401" in message and "OPENAI_API_KEY" in message and f"{kept} answers are kept" in message
         assert kept == 20 and "\n" not in message
         limit[0] = 10**6
-        assert command(*words) is None
+        assert call(*words) is None
         assert good[0] <= 47 + 3  # the 47 questions, and what was refused
     printed = capsys.readouterr()
     everything = (
@@ -1411,7 +1492,7 @@ def test_judge_survives_a_bad_endpoint_and_loses_nothing(golden, no_waiting, cap
 def test_judge_without_log_probabilities_says_so(golden, no_waiting, capsys):
     folder, _ = golden
     with endpoint(lambda n, body: (200, {"choices": [{"message": {"content": " M "}}]})) as (url, _):
-        assert command(folder, "--judge", url) is None
+        assert call(folder, "--judge", url) is None
     assert "47 answers without log-probabilities" in capsys.readouterr().out
     rows = json.loads((folder / "annotations.json").read_text())
     assert {row["preference"] for row in rows} == {1.0, 1.5, 2.0}
@@ -1532,7 +1613,7 @@ def test_report_of_a_run(runs, capsys):
 
 def test_table_over_runs(runs, tmp_path, capsys):
     """Runs that differ by seed are one row, mean and standard error by hand; what differs is a column."""
-    assert command(*runs[:3], "--json", tmp_path / "t.json") is None
+    assert call(*runs[:3], "--json", tmp_path / "t.json") is None
     rows = json.loads((tmp_path / "t.json").read_text())["runs"]
     assert [(row["run"], row["seeds"], row["lambda_reg"]) for row in rows] == [
         ("a, b", 2, 2.0),
@@ -1566,11 +1647,11 @@ def test_table3(runs):
 def test_figures(runs, tmp_path, name, ending):
     pytest.importorskip("matplotlib")
     path = tmp_path / f"x.{ending}"
-    assert command(*runs[:3], f"--{name}", path) is None
+    assert call(*runs[:3], f"--{name}", path) is None
     assert path.read_bytes()[:4] in (b"\x89PNG", b"<?xm")
 
 
-def test_local_judges(runs, tmp_path, tiny):
+def test_local_judges(runs, tmp_path, chatty):
     """The true reward and the implicit reward decide by their definitions; a reward model by its score."""
     items = [("bread", "You need flour.", "You need quick pawns."), ("bread", "Enjoy it.", "Enjoy it.")]
     args = evaluate.parse(["x", "--judge", "true"])
@@ -1591,9 +1672,9 @@ def test_local_judges(runs, tmp_path, tiny):
     from transformers import LlamaForSequenceClassification
 
     torch.manual_seed(0)
-    config = tiny[0].config.__class__(**tiny[0].config.to_dict() | {"num_labels": 1})
+    config = chatty[0].config.__class__(**chatty[0].config.to_dict() | {"num_labels": 1})
     LlamaForSequenceClassification(config).save_pretrained(tmp_path / "rm")
-    tiny[1].save_pretrained(tmp_path / "rm")
+    chatty[1].save_pretrained(tmp_path / "rm")
     args.judge = str(tmp_path / "rm")
     assert set(evaluate.open_judge(args, "cpu", tmp_path)[1]([(prompt, *pair), (prompt, *pair[::-1])])) == {
         1.0,
@@ -1605,7 +1686,7 @@ def test_local_judges(runs, tmp_path, tiny):
 
 
 def test_generate_and_judge_a_run(runs, capsys):
-    assert command(runs[0], "--generate", "built-in", "--max_new_tokens", 12, "--judge", "true") is None
+    assert call(runs[0], "--generate", "built-in", "--max_new_tokens", 12, "--judge", "true") is None
     rows = json.loads((runs[0] / "evaluation" / "annotations.json").read_text())
     for row in rows:
         a, b = (data.true_reward(row["instruction"], row[f"output_{k}"]) for k in (1, 2))
@@ -1630,7 +1711,7 @@ def test_generate_and_judge_a_run(runs, capsys):
 )
 def test_errors_are_one_line_with_a_remedy(runs, tmp_path, words, says):
     words = [w.format(run=runs[0], plain=runs[3], tmp=tmp_path) for w in words]
-    message = command(*words)
+    message = call(*words)
     assert says in message and "\n" not in message
 
 

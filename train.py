@@ -35,11 +35,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 import transformers
+import yaml  # comes with transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ from data import BUILTIN, Pair
 from filter import dual_denoising_filter, margin_decrease, tau_for_ratio
 
 Objective = Literal["dpo", "ipo", "simpo", "orpo", "slic", "kto", "beta_dpo"]
-SIDES = ("chosen", "rejected")
+Plan = Callable[[int, nn.Module], Tensor]  # (epoch, model) -> [n, m]
 PARTITIONS = {"high": high_variance_batches, "random": random_batches, "low": low_variance_batches}
 
 
@@ -96,7 +97,7 @@ class Settings:
     simpo_gamma: float | None = flag(None, "simpo only: target reward margin (default: 1)")
 
     filter_ratio: float | None = flag(
-        None, "share of pairs to remove, 0 = none (default: 0.06, or more if step 1 does)"
+        None, "share of pairs to remove, 0 = none (default: 0.06, built-in 0.25, or step 1's)"
     )
     tau: float | None = flag(None, "or Eq. 8's threshold on |proxy margin|, in nats")
     gamma: float = flag(1.0, "Eq. 8: width of the soft threshold, in nats")
@@ -126,7 +127,7 @@ class Settings:
         None, "tokens of a prompt (default: what its responses leave, at least half)"
     )
     lora_rank: int = flag(
-        0, "LoRA of this rank on all linear layers (the paper's authors: 8), 0 = all weights"
+        0, "LoRA of this rank on all linear layers but the head (authors: 8), 0 = all weights"
     )
     gradient_checkpointing: bool = flag(False, "less memory for a third more time")
     micro_batch_tokens: int | None = flag(
@@ -194,40 +195,19 @@ class Settings:
 def rmo(s: Settings, device: torch.device) -> None:
     """Algorithm 2. Every stage leaves its result in the run folder, and is skipped where that is there."""
     out, clock = Path(s.output_dir), Counter()
-    if device.type == "cpu":
-        lm.fast_products()
     with timed(clock, "preparation"):
-        builtin = s.model == BUILTIN
-        tokenizer = (
-            lm.builtin_tokenizer(data.builtin_texts())
-            if builtin
-            else lm.load_tokenizer(s.model, s.chat_template)
-        )
-        splits, rows, counts = data.load_splits(dataclasses.asdict(s), tokenizer)
-        pairs, sft_pairs = splits["train"], [pair._replace(rejected=[]) for pair in splits["sft"]]
-        for part, use in [(pairs, "train on"), (sft_pairs, "fine-tune on")][: 2 if s.sft_epochs else 1]:
-            if len(part) < s.batch_size:
-                raise ValueError(
-                    f"{len(part)} pairs to {use} do not fill a batch of {s.batch_size}: lower --batch_size"
-                )
-        model = lm.load_model(s.model, s.seed).to(device)
-        identity = {"data": data.fingerprint(pairs), "model": lm.fingerprint(model), "objective": s.objective}
-        donor = open_donor(s, identity)
-        longest = [max(pairs, key=lambda pair: pair.size)]
-        shared = lm.shares_prompt(model, data.collate(longest, True), data.collate(longest, False))
-        open_run(s, identity)
-    say(describe(s, model, splits, counts, tokenizer, shared))
-
+        run = prepare(s, device)
+    pairs, sft_pairs = run.pairs, run.sft_pairs
     lengths = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])  # [N, 2]
     per_token = s.objective in objectives.LENGTH_NORMALISED
 
     def score(side: str, model: nn.Module) -> dict[str, Tensor]:
         """s(y+) and s(y-) of every pair, sums or means over tokens as the objective has it."""
         with timed(clock, "scoring"):
-            batches = data.scoring_batches(pairs, s.micro_batch_tokens, shared, *rank_and_world())
+            batches = data.scoring_batches(pairs, s.micro_batch_tokens, run.shared, *rank_and_world())
             sums = lm.score_pairs(model, batches, len(pairs), f"{side} scores")
         chosen, rejected = (sums / lengths if per_token else sums).unbind(1)
-        return {f"{side}_chosen": chosen.contiguous(), f"{side}_rejected": rejected.contiguous()}
+        return {f"{side}_chosen": chosen, f"{side}_rejected": rejected}
 
     def trained(stage: str, start: str | Path, *what: Any, log: Path | None = None) -> Path:
         """The folder of this stage's model, trained from the model `start` unless it is there."""
@@ -236,12 +216,12 @@ def rmo(s: Settings, device: torch.device) -> None:
                 model = lm.load_model(start, s.seed).to(device)
                 if s.lora_rank and stage != "sft":
                     lm.add_lora(model, s.lora_rank, s.seed)
-                fit(stage, model, s, shared, log, *what)
+                fit(stage, model, s, run.shared, log, *what)
                 lm.merge_lora(model)
-                on_rank_0(lambda: lm.save_model(model, tokenizer, out / stage))
+                on_rank_0(lambda: lm.save_model(model, run.tokenizer, out / stage))
         return out / stage
 
-    def random_plan(count: int, purpose: str) -> Callable[[int, nn.Module], Tensor]:
+    def random_plan(purpose: str, count: int) -> Plan:
         return lambda epoch, _: random_batches(
             torch.zeros(count), s.batch_size, generator(s.seed, purpose, epoch)
         )
@@ -249,80 +229,73 @@ def rmo(s: Settings, device: torch.device) -> None:
     # SFT, if asked for, on the chosen responses of a disjoint part of the data: it makes the base model
     base = s.model
     if s.sft_epochs:
-        del model
         n = torch.tensor([len(pair.chosen) for pair in sft_pairs], device=device)
-        what = sft_pairs, len(sft_pairs), s.sft_epochs, s.sft_lr, random_plan(len(sft_pairs), "sft")
-        loss_of = lambda scores, index, *_: (-scores[:, 0] / n[index], {})  # noqa: E731
-        base = lm.stage_folder(donor, "sft") if donor else trained("sft", base, *what, loss_of)
-        model = lm.load_model(base, s.seed).to(device)
+        what = sft_pairs, len(n), s.sft_epochs, s.sft_lr, random_plan("sft", len(n))
+        nll = lambda scores, index, *_: (-scores[:, 0] / n[index], {})  # noqa: E731
+        base = lm.stage_folder(run.donor, "sft") if run.donor else trained("sft", base, *what, nll)
 
     # Line 4: base and proxy margins. The base scores are the reference log-probabilities of Eq. 4 too.
-    scores = load_scores(out, identity) or (load_scores(donor, identity) if donor else {})
+    scores = load_scores(out, run.identity) or (load_scores(run.donor, run.identity) if run.donor else {})
     if not scores:
-        scores = score("base", model) | {
-            f"{side}_tokens": lengths[:, k].clone() for k, side in enumerate(SIDES)
-        }
-    on_rank_0(lambda: save_tensors(out / "margins.safetensors", scores, identity))
-    del model
+        scores = score("base", lm.load_model(base, s.seed).to(device))
+        scores |= dict(zip(("chosen_tokens", "rejected_tokens"), lengths.T))
+    on_rank_0(lambda: save_tensors(out / "margins.safetensors", scores, run.identity))
     reference = torch.stack([scores["base_chosen"], scores["base_rejected"]], 1).to(device)  # [N, 2]
     loss_of = functools.partial(pair_loss, s, reference, lengths.to(device) if per_token else None)
     if s.needs_proxy and "proxy_chosen" not in scores:
-        what = pairs, len(pairs), s.epochs, s.lr, random_plan(len(pairs), "batches"), loss_of
-        proxy = donor / "policy" if donor else trained("proxy", base, *what)
+        what = pairs, len(pairs), s.epochs, s.lr, random_plan("batches", len(pairs)), loss_of
+        proxy = run.donor / "policy" if run.donor else trained("proxy", base, *what)
         scores |= score("proxy", lm.load_model(proxy, s.seed).to(device))
-        on_rank_0(lambda: save_tensors(out / "margins.safetensors", scores, identity))
+        on_rank_0(lambda: save_tensors(out / "margins.safetensors", scores, run.identity))
     base_margins = scores["base_chosen"] - scores["base_rejected"]  # [N], Eq. 1
     proxy_margins = scores["proxy_chosen"] - scores["proxy_rejected"] if s.needs_proxy else base_margins
 
     # Lines 5 and 6: Dual Denoising Filtering
     kept = torch.arange(len(pairs))
     if s.filtering:
-        step1 = margin_decrease(base_margins, proxy_margins).double().mean().item()
-        ratio = max(0.06, step1) if s.filter_ratio is None else s.filter_ratio
-        try:
-            tau = tau_for_ratio(base_margins, proxy_margins, ratio, s.gamma) if s.tau is None else s.tau
-        except ValueError as error:
-            again = f"--proxy {out if donor is None else donor} --output_dir ANOTHER"
-            raise ValueError(f"{error}. Base and proxy need not be trained again: {again}") from None
+        tau = s.tau
+        if tau is None:
+            step1 = margin_decrease(base_margins, proxy_margins).double().mean().item()
+            usual = 0.25 if s.model == BUILTIN else 0.06
+            ratio = max(usual, step1) if s.filter_ratio is None else s.filter_ratio
+            if ratio == step1:
+                say(f"filter: step 1 alone removes {step1:.2%}, so step 2 removes nothing")
+            try:
+                tau = tau_for_ratio(base_margins, proxy_margins, ratio, s.gamma)
+            except ValueError as error:
+                again = f"Nothing need be trained again: --proxy {run.donor or out} --output_dir ANOTHER"
+                raise ValueError(f"{error}. {again}") from None
         kept = dual_denoising_filter(base_margins, proxy_margins, tau, s.gamma, generator(s.seed, "filter"))
-        truths = [rows[pair.row]["truth"] for pair in pairs] if s.data == BUILTIN else None
-        on_rank_0(lambda: filter_report(s, out, base_margins, proxy_margins, kept, tau, truths))
+        on_rank_0(lambda: report_filter(out, s.gamma, base_margins, proxy_margins, kept, tau, run.truths))
     if len(kept) < s.batch_size:
-        raise ValueError(
-            f"the filter left {len(kept)} of {len(pairs)} pairs, no batch of {s.batch_size}: filter less"
-        )
+        raise ValueError(f"the filter left {len(kept)} of {len(pairs)} pairs, not one batch: filter less")
 
     # Lines 9 and 10: Batch Margin Diversification, anew for each epoch
     def plan(epoch: int, model: nn.Module) -> Tensor:
-        margins = proxy_margins
+        margins = proxy_margins[kept]
         if s.batch_margins == "policy":
             scored = score("policy", model)
-            margins = scored["policy_chosen"] - scored["policy_rejected"]
-        margins, draw = margins[kept], functools.partial(generator, s.seed, "batches", epoch)
+            margins = (scored["policy_chosen"] - scored["policy_rejected"])[kept]
         with timed(clock, "filter and batches"):
-            batches = PARTITIONS[s.batching](margins, s.batch_size, draw())
-        shares = []
-        for split in (batches, random_batches(margins, s.batch_size, draw())):
-            bound = variance_bound(margins[split.flatten()], s.batch_size)
-            shares.append(total_variance(margins, split) / bound if bound else math.nan)
-        say(
-            f"epoch {epoch + 1}: {len(batches)} batches of {shares[0]:.3%} of the largest margin variance "
-            f"(random: {shares[1]:.1%}); {len(kept) - batches.numel()} pairs sit out"
-        )
+            draw = generator(s.seed, "batches", epoch)
+            batches = PARTITIONS[s.batching](margins, s.batch_size, draw)
+        report_batches(epoch, margins, batches)
         return kept[batches]
 
     # Lines 11 to 17: training with Pairwise Margin Amplification
     if s.lambda_reg:
-        median = proxy_margins.median().item() if s.median is None else s.median
+        median = proxy_margins.double().quantile(0.5).item() if s.median is None else s.median
         alpha = proxy_margins.std(unbiased=False).item() if s.alpha is None else s.alpha
-        loss_of = functools.partial(loss_of, weight=s.lambda_reg, median=median, alpha=alpha)
         say(f"amplification: lambda {s.lambda_reg:g}, median {median:.4g}, alpha {alpha:.4g}")
-    trained("policy", base, pairs, len(kept), s.epochs, s.lr, plan, loss_of, log=out / "metrics.jsonl")
+        amplify = functools.partial(
+            objectives.margin_amplification, median=median, alpha=alpha, weight=s.lambda_reg
+        )
+        loss_of = functools.partial(loss_of, amplify=amplify)
+    log = out / "metrics.jsonl"
+    trained("policy", base, pairs, len(kept), s.epochs, s.lr, plan, loss_of, log=log)
     on_rank_0(lambda: shutil.rmtree(out / "checkpoint", ignore_errors=True))
-    say(
-        f"done: {out / 'policy'}. Seconds: "
-        + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in clock.items())
-    )
+    seconds = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in clock.items())
+    say(f"done: {out / 'policy'}. Seconds: {seconds}")
     evaluate.report_run(out, device)
 
 
@@ -334,48 +307,37 @@ def pair_loss(
     index: Tensor,
     whole: tuple[Tensor, Tensor] | None,
     running: float,
-    weight: float = 0.0,
-    median: float = 0.0,
-    alpha: float = 1.0,
+    amplify: Callable[[Tensor], Tensor] = torch.zeros_like,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 15 for some pairs of a batch: losses [B], and what is logged of them, [B] each.
 
     scores: [B, 2] sums from the policy; index: [B] their rows in reference, the [N, 2] scores of the base
-    model; lengths: [N, 2] if scores are to be means over tokens; whole: (scores, index) of the global batch
-    for objectives.BATCH_LEVEL; running: the running mean of the reward margin."""
+    model; lengths: [N, 2] if scores are to be means over tokens; whole: (scores, index) of the global batch,
+    for objectives.BATCH_LEVEL; running: the running mean of the reward margin; amplify: Eq. 14.
+    """
     if lengths is not None:
         scores = scores / lengths[index]
-    (chosen, rejected), (ref_chosen, ref_rejected) = scores.unbind(1), reference[index].unbind(1)
+    ratios = scores - reference[index]  # log pi / pi_ref, [B, 2]
+    (chosen, rejected), references = scores.unbind(1), reference[index].unbind(1)
     batch = (whole[0] - reference[whole[1]]).unbind(1) if whole else None
-    base_loss = objectives.preference_loss(
-        s.objective,
-        chosen,
-        rejected,
-        ref_chosen,
-        ref_rejected,
-        s.beta,
-        s.label_smoothing,
-        s.simpo_gamma,
-        batch,
-        running,
+    options = {"label_smoothing": s.label_smoothing, "simpo_gamma": s.simpo_gamma}
+    losses = objectives.preference_loss(
+        s.objective, chosen, rejected, *references, s.beta, **options, batch=batch, threshold=running
     )
     margin = chosen - rejected  # Eq. 1
-    reg_loss = (
-        objectives.margin_amplification(margin, median, alpha, weight) if weight else torch.zeros_like(margin)
-    )
-    implicit = scores if s.objective in objectives.REFERENCE_FREE else scores - reference[index]
-    reward_chosen, reward_rejected = (s.beta * implicit).unbind(1)
+    reg_loss = amplify(margin)
+    rewards = s.beta * (scores if s.objective in objectives.REFERENCE_FREE else ratios)
     stats = {
         "reg_loss": reg_loss,
         "margin_mean": margin,
-        "margin_variance": margin.double() ** 2,
-    }  # made a variance in fit
-    stats |= {
-        "accuracy": reward_chosen > reward_rejected,
-        "reward_chosen": reward_chosen,
-        "reward_rejected": reward_rejected,
+        "margin_variance": margin.double() ** 2,  # less the square of the mean, once the batch is whole
+        "accuracy": rewards[:, 0] > rewards[:, 1],
+        "reward_chosen": rewards[:, 0],
+        "reward_rejected": rewards[:, 1],
+        "logps_chosen": chosen,
+        "logps_rejected": rejected,
     }
-    return base_loss + reg_loss, stats | {"logps_chosen": chosen, "logps_rejected": rejected}  # Eq. 15
+    return losses + reg_loss, stats  # Eq. 15
 
 
 def fit(
@@ -388,7 +350,7 @@ def fit(
     count: int,
     epochs: int,
     lr: float,
-    plan: Callable[[int, nn.Module], Tensor],
+    plan: Plan,
     loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
 ) -> None:
     """The training loop of every stage; it trains `model` in place, on `count` of the pairs.
@@ -397,7 +359,8 @@ def fit(
     loss_of(scores [B, 2], index [B], whole, running) -> losses [B] and statistics. The update is that of the
     mean over the global batch, however ranks and micro-batches split it. State (step, the epoch's batches,
     weights, AdamW's moments) is saved every save_steps and on SIGTERM or Ctrl-C; where the run folder has one
-    of this stage, the loop goes on from it."""
+    of this stage, the loop goes on from it.
+    """
     (rank, world), device, out = rank_and_world(), next(model.parameters()).device, Path(s.output_dir)
     model.train()  # dropout is 0 all the same; gradient checkpointing wants it
     if s.gradient_checkpointing:
@@ -407,13 +370,11 @@ def fit(
     step, running, batches = load_state(out, stage, weights, optimizer)
     if log:
         on_rank_0(lambda: cut_log(log, step))
-    parallel = (
-        DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-        if world > 1
-        else model
-    )
+    parallel = DistributedDataParallel(model) if world > 1 else model
+    batch_level = stage != "sft" and s.objective in objectives.BATCH_LEVEL
     steps_per_epoch = count // s.batch_size
     total = epochs * steps_per_epoch
+    warmup = max(1, round(s.warmup * total))
 
     def save() -> None:
         on_rank_0(lambda: save_state(out, stage, step, running, batches, weights, optimizer))
@@ -422,61 +383,52 @@ def fit(
     with stop_signals() as stop_wanted, bar:
         while step < total:
             started = time.perf_counter()
-            epoch, batch_number = divmod(step, steps_per_epoch)
-            if batch_number == 0:
+            epoch, number = divmod(step, steps_per_epoch)
+            if number == 0:
                 batches = plan(epoch, model)
-            rows = batches[batch_number].tolist()
+                started = time.perf_counter()  # a step's seconds are those of the step
+            rows = batches[number].tolist()
             whole = None
-            if (
-                stage != "sft" and s.objective in objectives.BATCH_LEVEL
-            ):  # one more forward pass, over the whole batch
-                everyone = data.scoring_batches(
-                    [pairs[i] for i in rows], s.micro_batch_tokens, shared, rank, world
-                )
-                whole = (
-                    lm.score_pairs(model, everyone, len(rows)).to(device),
-                    torch.tensor(rows, device=device),
-                )
+            if batch_level:  # costs one more forward pass, over the whole batch
+                everyone = [pairs[i] for i in rows]
+                parts = data.scoring_batches(everyone, s.micro_batch_tokens, shared, rank, world)
+                scores = lm.score_pairs(model, parts, len(rows)).to(device)
+                whole = scores, torch.tensor(rows, device=device)
 
-            mine = (
-                rows[rank::world] or rows[:1]
-            )  # DDP needs every rank: one without pairs takes one with weight 0
-            weight = (
-                world / len(rows) if rank < len(rows) else 0.0
-            )  # DDP averages over ranks; Eq. 15 over the batch
+            # Every rank takes its share; DDP needs them all, so one without pairs takes a pair of weight 0.
+            mine = rows[rank::world] or rows[:1]
+            weight = 1 / len(rows) if rank < len(rows) else 0.0
             groups = data.micro_batches([pairs[i] for i in mine], s.micro_batch_tokens)
-            totals: dict[str, Tensor] = {}
-            for number, group in enumerate(groups, 1):
+            totals: Counter[str] = Counter()
+            for group in groups:
                 index = [mine[i] for i in group]
                 micro_batch = lm.to_device(data.collate([pairs[i] for i in index], shared), device)
-                with nullcontext() if world == 1 or number == len(groups) else parallel.no_sync():
+                last = group is groups[-1]
+                with nullcontext() if world == 1 or last else parallel.no_sync():
                     scores = lm.sequence_logps(parallel, micro_batch)  # [B, 2]
                     losses, stats = loss_of(scores, torch.tensor(index, device=device), whole, running)
-                    (losses.sum() * weight).backward()
+                    (losses.sum() * weight * world).backward()  # DDP divides by world
                 for key, value in ({"loss": losses} | stats).items():
-                    totals[key] = totals.get(key, 0) + value.detach().double().sum() * weight / world
-            grad_norm = nn.utils.clip_grad_norm_(weights.values(), s.max_grad_norm)
+                    totals[key] = totals[key] + value.detach().double().sum() * weight
+            norm = nn.utils.clip_grad_norm_(weights.values(), s.max_grad_norm)
 
-            sums = torch.stack(
-                [*totals.values(), torch.tensor(float(bool(stop_wanted)), device=device)]
-            ).double()
+            stop = torch.tensor(float(len(stop_wanted)), device=device)
+            sums = torch.stack([value.double() for value in (*totals.values(), stop)])
             if world > 1:
                 dist.all_reduce(sums)
-            *sums, norm, stop = torch.cat(
-                [sums[:-1], grad_norm.double()[None], sums[-1:]]
-            ).tolist()  # the step's one wait for the GPU
+            # the step's one wait for the GPU
+            *sums, stop, norm = torch.cat([sums, norm.double()[None]]).tolist()
             values = dict(zip(totals, sums))
-            if not all(map(math.isfinite, [values["loss"], norm])):
+            if not (math.isfinite(values["loss"]) and math.isfinite(norm)):
                 save()
-                places = ", ".join(pairs[i].source for i in rows)
                 raise ValueError(
                     f"{stage} step {step + 1}: loss {values['loss']}, gradient norm {norm}. Nothing was "
-                    f"updated; the state before this step is in {out / 'checkpoint'}. Lower the rate, or "
-                    f"look at the pairs of this batch: {places}"
+                    f"updated; the state before this step is in {out / 'checkpoint'}. Lower lr, or look at "
+                    f"this batch: {', '.join(pairs[i].source for i in rows)}"
                 )
-            for group in optimizer.param_groups:  # up to lr over the warm-up, then down to 0, linearly
-                warmup = max(1, round(s.warmup * total))
-                group["lr"] = lr * min((step + 1) / warmup, (total - step) / max(1, total - warmup + 1))
+            # up to lr over the warm-up, then down to 0, linearly
+            rate = lr * min((step + 1) / warmup, (total - step) / max(1, total - warmup + 1))
+            optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
             step += 1
@@ -484,98 +436,131 @@ def fit(
             if stats:
                 values["margin_variance"] -= values["margin_mean"] ** 2
                 running = 0.9 * running + 0.1 * (values["reward_chosen"] - values["reward_rejected"])
-            seconds = time.perf_counter() - started
-            tokens = sum(pairs[i].size for i in rows)
-            line = (
-                {"step": step, "epoch": epoch + 1}
-                | values
-                | {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
-            )
-            line |= {"tokens": tokens, "pairs": len(rows), "seconds": seconds}
+            line = {"step": step, "epoch": epoch + 1} | values | {"grad_norm": norm, "lr": rate}
+            line |= {"tokens": sum(pairs[i].size for i in rows), "pairs": len(rows)}
+            line["seconds"] = time.perf_counter() - started
             if log and rank == 0:
                 with log.open("a") as file:
                     file.write(json.dumps(line) + "\n")
             shown = {
-                "loss": values["loss"],
-                "margin": values.get("margin_mean"),
-                "accuracy": values.get("accuracy"),
-                "pairs/s": len(rows) / seconds,
+                name: f"{line[name]:.3g}" for name in ("loss", "margin_mean", "accuracy") if name in line
             }
-            bar.set_postfix(
-                {key: f"{value:.3g}" for key, value in shown.items() if value is not None}, refresh=False
-            )
+            bar.set_postfix(shown | {"pairs/s": f"{len(rows) / line['seconds']:.3g}"}, refresh=False)
             bar.update()
             if stop or (step % s.save_steps == 0 and step < total):
                 save()
             if stop:
-                raise SystemExit(
-                    f"stopped after {stage} step {step} of {total}, saved: the same command goes on from here"
-                )
+                raise SystemExit(f"stopped after {stage} step {step} of {total}: the same command goes on")
 
 
 # ------------------------------------------------------------------------------------------------- run folder
 
 
+class Run(NamedTuple):
+    """What `prepare` finds: everything a run stands on, checked."""
+
+    tokenizer: Any
+    pairs: list[Pair]
+    sft_pairs: list[Pair]
+    truths: list[dict[str, Any]]
+    identity: dict[str, str]
+    donor: Path | None
+    shared: bool
+
+
+def prepare(s: Settings, device: torch.device) -> Run:
+    """Read, check and describe everything, and only then make the run folder. Raises ValueError."""
+    if device.type == "cpu":
+        lm.fast_products()
+    if s.model == BUILTIN:
+        tokenizer = lm.builtin_tokenizer(data.builtin_texts())
+    else:
+        tokenizer = lm.load_tokenizer(s.model, s.chat_template)
+    splits, rows, counts = data.load_splits(dataclasses.asdict(s), tokenizer)
+    pairs, sft_pairs = splits["train"], [pair._replace(rejected=[]) for pair in splits["sft"]]
+    if s.batch_size > min(len(pairs), len(sft_pairs) if s.sft_epochs else len(pairs)):
+        raise ValueError(
+            f"{len(pairs)} pairs to train on and {len(sft_pairs)} for SFT fill no batch of {s.batch_size}: "
+            "give more data or a smaller --batch_size"
+        )
+    model = lm.load_model(s.model, s.seed).to(device)
+    identity = {"data": data.fingerprint(pairs), "model": lm.fingerprint(model), "objective": s.objective}
+    donor = open_donor(s, identity)
+    longest = [max(pairs, key=lambda pair: pair.size)]
+    shared = lm.shares_prompt(model, data.collate(longest, True), data.collate(longest, False))
+    open_run(s, identity)
+
+    given = {key: value for key, value in dataclasses.asdict(s).items() if value is not None}
+    say("settings: " + " ".join(f"{key}={value}" for key, value in given.items()))
+    kind = "float32, bf16 autocast" if device.type == "cuda" else "float32"
+    say(f"model: {type(model).__name__}, {model.num_parameters():,} parameters, {kind}")
+    parts = ", ".join(f"{len(part):,} to {use}" for use, part in splits.items())
+    say(f"pairs: {data.listed(counts)}; {parts}")
+    say(f"batches of {s.batch_size} pairs over {rank_and_world()[1]} rank(s) on {device.type}")
+    if not shared:
+        say("two rows a pair, slower: this model's mask or positions do not let responses share a prompt")
+    for pair in pairs[:3]:
+        prompt, chosen, rejected = (tokenizer.decode(ids) for ids in pair[:3])
+        say(f"--- {pair.source}, supervised between >>> and <<<\n{prompt}")
+        say(f"  chosen   >>>{chosen}<<<\n  rejected >>>{rejected}<<<")
+    truths = [rows[pair.row]["truth"] for pair in pairs] if s.data == BUILTIN else []
+    return Run(tokenizer, pairs, sft_pairs, truths, identity, donor, shared)
+
+
 def open_donor(s: Settings, identity: dict[str, str]) -> Path | None:
-    """The folder of --proxy. Raises ValueError unless it is a run on the same data and model that got far
-    enough."""
+    """The folder of --proxy. Raises ValueError unless it has the same base model and data, and a proxy."""
     if not s.proxy:
         return None
     donor = Path(s.proxy)
     if not (donor / "config.json").is_file():
         raise ValueError(f"--proxy {donor}: no run of train.py (no config.json)")
     theirs = json.loads((donor / "config.json").read_text())
-    for key, value in identity.items():
-        if theirs[key] != value:
-            raise ValueError(
-                f"--proxy {donor}: of another {key} ({theirs[key]} there, {value} here); give one of the same"
-            )
-    for key in ("sft_epochs", "sft_lr") if s.sft_epochs else ("sft_epochs",):
-        if theirs["settings"][key] != getattr(s, key):
-            raise ValueError(
-                f"--proxy {donor}: {key} is {theirs['settings'][key]} there, {getattr(s, key)} here"
-            )
-    scores, plain = load_scores(donor, identity), not Settings(**theirs["settings"]).modified
-    if not scores or (
-        s.needs_proxy and "proxy_chosen" not in scores and not (plain and (donor / "policy").is_dir())
-    ):
+    ours = identity | {key: getattr(s, key) for key in ("sft_epochs", "sft_lr")[: 2 if s.sft_epochs else 1]}
+    for key, value in ours.items():
+        other = (theirs["settings"] | theirs).get(key)  # a fingerprint says more than the flag of its name
+        if other != value:
+            raise ValueError(f"--proxy {donor}: of another {key} ({other} there, {value} here)")
+    scores = load_scores(donor, identity)
+    finished_plain = (donor / "policy").is_dir() and not Settings(**theirs["settings"]).modified
+    if not scores or (s.needs_proxy and "proxy_chosen" not in scores and not finished_plain):
         raise ValueError(
-            f"--proxy {donor}: has no proxy margins and is no finished plain run, whose policy is a proxy"
+            f"--proxy {donor}: has no proxy margins and is no finished plain run, itself a proxy"
         )
     return donor
 
 
 def open_run(s: Settings, identity: dict[str, str]) -> None:
-    """Make the run folder with its config.json, or check that it holds a run of these settings, data and
-    model."""
+    """Make the run folder with its config.json, or check that it holds a run of the same settings."""
     out, settings = Path(s.output_dir), dataclasses.asdict(s)
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    modules = {"torch": torch, "transformers": transformers}
+    versions = {"python": platform.python_version()} | {key: m.__version__ for key, m in modules.items()}
     config = {"settings": settings, "versions": versions} | identity
     if (out / "config.json").is_file():
         theirs = json.loads((out / "config.json").read_text())
-        free = {"save_steps", "output_dir", "micro_batch_tokens"}  # may change without changing the result
-        pairs = [
-            (key, theirs["settings"].get(key), value) for key, value in settings.items() if key not in free
+        free = (
+            "save_steps",
+            "output_dir",
+            "micro_batch_tokens",
+        )  # may change: the result does not, but for rounding
+        ours = {key: value for key, value in (settings | identity).items() if key not in free}
+        there = {key: (theirs["settings"] | theirs).get(key) for key in ours}
+        changed = [
+            f"{key} {there[key]!r} there, {ours[key]!r} here" for key in ours if there[key] != ours[key]
         ]
-        pairs += [(key, theirs.get(key), value) for key, value in identity.items()]
-        if changed := [f"{key} {old!r} there, {new!r} here" for key, old, new in pairs if old != new]:
+        if changed:
             raise ValueError(
                 f"{out} holds a run of another configuration ({'; '.join(changed)}): "
                 "choose another --output_dir, or delete it"
             )
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} exists and is no run folder: choose another --output_dir")
+    barrier()  # every rank has looked before one writes
     text = json.dumps(config, indent=1)
     on_rank_0(lambda: write_atomically(out / "config.json", lambda path: path.write_text(text)))
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """The file appears whole or not at all: what `write` writes elsewhere becomes `path` when it is on the
-    disk."""
+    """The file appears whole or not at all: what `write` wrote elsewhere becomes `path` when on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
     try:
@@ -594,16 +579,13 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) 
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What save_tensors wrote; nothing, after saying so, if the file is damaged, and nothing if there is
-    none."""
+    """What save_tensors wrote; nothing if there is no file, or, after saying so, if it is damaged."""
     if not path.is_file():
         return {}, {}
     try:
         with safe_open(path, "pt") as file:
-            tensors, about = (
-                {key: file.get_tensor(key) for key in file.keys()},
-                json.loads(file.metadata()["about"]),
-            )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            about = json.loads(file.metadata()["about"])
         if about.pop("checksum") != checksum(tensors):
             raise ValueError("its checksum is wrong")
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -620,9 +602,7 @@ def load_scores(run: Path, identity: dict[str, str]) -> dict[str, Tensor]:
     """The columns of margins.safetensors. Raises ValueError if they are of other data, model or objective."""
     scores, about = load_tensors(run / "margins.safetensors")
     if scores and about != identity:
-        raise ValueError(
-            f"{run / 'margins.safetensors'}: of other data, model or objective; delete it to score again"
-        )
+        raise ValueError(f"{run / 'margins.safetensors'}: of other data, model or objective; delete it")
     return scores
 
 
@@ -637,31 +617,29 @@ def save_state(
 ) -> None:
     tensors = {"batches": batches}
     for name, weight in weights.items():
-        tensors[f"weight {name}"] = weight
-        if step:
-            tensors |= {f"{key} {name}": optimizer.state[weight][key] for key in ("exp_avg", "exp_avg_sq")}
-    save_tensors(
-        out / "checkpoint" / "state.safetensors", tensors, {"stage": stage, "step": step, "running": running}
-    )
+        moments = optimizer.state.get(weight, {})
+        tensors |= {f"weight {name}": weight} | {
+            f"{key} {name}": moments[key] for key in moments if key != "step"
+        }
+    about = {"stage": stage, "step": step, "running": running}
+    save_tensors(out / "checkpoint" / "state.safetensors", tensors, about)
 
 
 def load_state(
     out: Path, stage: str, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> tuple[int, float, Tensor | None]:
-    """(steps done, running mean, batches of the epoch), weights and optimizer set; (0, 0, None) at the
-    start."""
+    """(steps done, running mean, the epoch's batches), weights and moments set; (0, 0, None) at the start."""
     tensors, about = load_tensors(out / "checkpoint" / "state.safetensors")
     if about.get("stage") != stage:  # none, or of a stage that is finished
         return 0, 0.0, None
+    step = about["step"]
     for name, weight in weights.items():
         weight.data.copy_(tensors[f"weight {name}"])
-        if about["step"]:
+        if f"exp_avg {name}" in tensors:
             moments = {key: tensors[f"{key} {name}"].to(weight.device) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[weight] = moments | {
-                "step": torch.tensor(float(about["step"]), device=weight.device)
-            }
-    say(f"{stage}: going on from step {about['step']}")
-    return about["step"], about["running"], tensors["batches"]
+            optimizer.state[weight] = moments | {"step": torch.tensor(float(step), device=weight.device)}
+    say(f"{stage}: going on from step {step}")
+    return step, about["running"], tensors["batches"]
 
 
 def cut_log(log: Path, step: int) -> None:
@@ -672,91 +650,56 @@ def cut_log(log: Path, step: int) -> None:
         write_atomically(log, lambda path: path.write_text("".join(lines)))
 
 
-# ------------------------------------------------------------------------------------ what the reader is told
+# ---------------------------------------------------------------------------------------------------- reports
 
 
-def describe(
-    s: Settings,
-    model: nn.Module,
-    splits: dict[str, list[Pair]],
-    counts: dict[str, int],
-    tokenizer: Any,
-    shared: bool,
-) -> str:
-    """What is about to happen: settings, counts, and three pairs with the supervised tokens marked."""
-    device, (_, world) = next(model.parameters()).device, rank_and_world()
-    lines = [
-        "settings: "
-        + " ".join(f"{key}={value}" for key, value in dataclasses.asdict(s).items() if value is not None)
-    ]
-    lines += [
-        f"model: {type(model).__name__}, {model.num_parameters():,} parameters, float32"
-        + ", bf16 autocast" * (device.type == "cuda")
-    ]
-    lines += [
-        f"pairs: {data.listed(counts)}; "
-        + ", ".join(f"{len(part):,} to {use}" for use, part in splits.items())
-    ]
-    lines += [
-        f"batches of {s.batch_size} pairs over {world} rank{'s' * (world > 1)} on {device.type}, "
-        f"{s.micro_batch_tokens} tokens a forward pass"
-    ]
-    if not shared:
-        lines += [
-            "two rows a pair, slower: this model's mask or positions do not let two responses share a prompt"
-        ]
-    for pair in splits["train"][:3]:
-        prompt, chosen, rejected = (tokenizer.decode(ids) for ids in pair[:3])
-        lines += [
-            f"--- {pair.source}, supervised between >>> and <<<",
-            f"{prompt}\n  chosen   >>>{chosen}<<<\n  rejected >>>{rejected}<<<",
-        ]
-    return "\n".join(lines)
-
-
-def filter_report(
-    s: Settings,
+def report_filter(
     out: Path,
+    gamma: float,
     base: Tensor,
     proxy: Tensor,
     kept: Tensor,
     tau: float,
-    truths: list[dict[str, Any]] | None,
+    truths: list[dict[str, Any]],
 ) -> None:
     """Write filter.json and say what was removed; on the built-in task, against the truth."""
-    removed = torch.ones(len(base), dtype=torch.bool)
-    removed[kept] = False
+    removed = torch.ones(len(base), dtype=torch.bool).index_fill(0, kept, False)
     step1 = margin_decrease(base, proxy)
-    steps = {
-        f"removed_step{k}": mask.nonzero().flatten().tolist()
-        for k, mask in ((1, step1), (2, removed & ~step1))
-    }
-    ratio = removed.double().mean().item()
-    result = {"tau": tau, "gamma": s.gamma, "ratio": ratio, "kept": len(kept)} | steps
+    masks, ratio = {"step1": step1, "step2": removed & ~step1}, removed.double().mean().item()
+    result = {"tau": tau, "gamma": gamma, "ratio": ratio, "kept": len(kept)}
+    result |= {f"removed_{step}": mask.nonzero().flatten().tolist() for step, mask in masks.items()}
     write_atomically(out / "filter.json", lambda path: path.write_text(json.dumps(result)))
-    first, second = map(len, steps.values())
-    say(f"filter: step 1 removed {first}, step 2 {second} of {len(base)} pairs ({ratio:.2%}), tau {tau:.3f}")
-    if truths:
-        for name, test in (
-            ("flipped by annotation noise", lambda truth: truth["flipped"]),
-            ("mislabelled (rejected has the higher true reward)", lambda truth: truth["margin"] < 0),
-            ("ambiguous (true rewards less than 0.5 apart)", lambda truth: abs(truth["margin"]) < 0.5),
-        ):
-            is_so = torch.tensor([float(test(truth)) for truth in truths])
-            shares = [
-                f"{is_so[mask].mean():.1%} of {what}"
-                for what, mask in (("step 1's", step1), ("step 2's", removed & ~step1))
-                if mask.any()
-            ]
-            say(f"  {name}: {', '.join(shares)}; {is_so.mean():.1%} of all pairs")
+    counts = ", ".join(f"{step} removed {int(mask.sum())}" for step, mask in masks.items())
+    say(f"filter: {counts} of {len(base)} pairs ({ratio:.2%}), tau {tau:.3f}")
+    kinds = {
+        "flipped by annotation noise": lambda truth: truth["flipped"],
+        "mislabelled (rejected has the higher true reward)": lambda truth: truth["margin"] < 0,
+        "ambiguous (true rewards less than 0.5 apart)": lambda truth: abs(truth["margin"]) < 0.5,
+    }
+    for kind, test in kinds.items() if truths else ():
+        is_so = torch.tensor([float(test(truth)) for truth in truths])
+        shares = [f"{is_so[mask].mean():.1%} of {step}'s" for step, mask in masks.items() if mask.any()]
+        say(f"  {kind}: {', '.join(shares)}; {is_so.mean():.1%} of all pairs")
+
+
+def report_batches(epoch: int, margins: Tensor, batches: Tensor) -> None:
+    """Say how much of the largest possible margin variance the batches have, and random ones (Table 3)."""
+    n, m = batches.shape
+    seated = margins[batches.flatten()]
+    bound = variance_bound(seated, m)
+    others = random_batches(seated, m, generator("random batches to compare with", epoch))
+    shares = [(total_variance(*split) / bound).item() for split in ((margins, batches), (seated, others))]
+    say(
+        f"epoch {epoch + 1}: {n} batches with {shares[0]:.3%} of the largest possible margin variance "
+        f"(random ones: {shares[1]:.1%}); {len(margins) - n * m} pairs sit out"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- process
 
 
 def generator(*key: Any) -> torch.Generator:
-    """A private generator: its numbers depend on the key, (seed, purpose, epoch), and on nothing that
-    happened before."""
+    """A private generator: its numbers depend on the key, (seed, purpose, epoch), and on nothing before."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7]))
 
 
@@ -770,12 +713,16 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
-def on_rank_0(act: Callable[[], Any]) -> None:
-    """Do something to the disk once; all ranks go on when it is done."""
-    if rank_and_world()[0] == 0:
-        act()
+def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def on_rank_0(act: Callable[[], Any]) -> None:
+    """Do something once; all ranks go on when it is done."""
+    if rank_and_world()[0] == 0:
+        act()
+    barrier()
 
 
 @contextmanager
@@ -805,17 +752,11 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def main() -> None:
-    parser = HfArgumentParser(
-        Settings, allow_abbrev=False, description=Settings.__doc__, formatter_class=argparse.HelpFormatter
+    parser = HfArgumentParser(Settings, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
+    parser.description, parser.usage = (
+        Settings.__doc__,
+        "train.py [--flag value ...] or train.py settings.yaml",
     )
-    words = sys.argv[1:]
-    if len(words) == 1 and words[0].endswith((".json", ".yaml", ".yml")):
-        read = parser.parse_json_file if words[0].endswith(".json") else parser.parse_yaml_file
-    else:
-        known, unknown = parser.parse_known_args(words)
-        if unknown:
-            parser.error(f"unknown flag {' '.join(unknown)}; --help lists all")
-        read, words = parser.parse_dict, [vars(known)]
     transformers.utils.logging.disable_progress_bar()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -823,12 +764,23 @@ def main() -> None:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.fp32_precision = "tf32"  # for what stays in float32
     try:
-        (settings,) = read(*words)
+        words = sys.argv[1:]
+        if len(words) == 1 and words[0].endswith((".json", ".yaml", ".yml")):
+            read = yaml.safe_load(Path(words[0]).read_text())  # JSON is YAML
+            if not isinstance(read, dict):
+                raise ValueError(f"{words[0]}: must hold flags and their values, as in lr: 1.0e-6")
+            words = [f"--{key}={value}" for key, value in read.items() if value is not None]
+        flags, unknown = parser.parse_known_args(words)
+        if unknown:
+            raise ValueError(f"unknown flag {' '.join(unknown)}; --help lists all")
+        settings = Settings(**vars(flags))
         if "LOCAL_RANK" in os.environ:
-            dist.init_process_group("nccl" if cuda else "gloo")
+            dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
         rmo(settings, device)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError, yaml.YAMLError) as error:
         sys.exit(f"train.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped; the same command goes on from what is finished")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
