@@ -60,7 +60,8 @@ def read_preferences(source: str, limit: int | None = None) -> list[dict[str, An
 
     source: a path; or "owner/name", or "owner/name:file/in/it.jsonl.gz" where the repository holds several
     such files. prompt, chosen, rejected: strings, or a message list and two messages. limit: only the first K
-    rows."""
+    rows.
+    """
     path = Path(source)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", source):
         path = _download(source)
@@ -198,7 +199,8 @@ def tokenize_preferences(
     max_length: tokens of prompt plus one response. A longer prompt loses its beginning (but not its BOS) down
     to max_prompt_length, by default to what the longer response leaves, at least half of max_length; then
     each response by itself loses its end. Raises ValueError if nothing is left, or if the rows hold messages
-    and the tokenizer has no chat template."""
+    and the tokenizer has no chat template.
+    """
     if not 2 <= max_length or not (max_prompt_length is None or 1 <= max_prompt_length < max_length):
         raise ValueError(f"max_prompt_length {max_prompt_length} must be 1 to below max_length {max_length}")
     if tokenizer.eos_token_id is None:
@@ -343,7 +345,8 @@ def load_splits(
     counted.
 
     eval is eval_data if given, else a share of the data; with sft_epochs, a fifth of the rest goes to SFT
-    (1:4, as in the paper)."""
+    (1:4, as in the paper).
+    """
     held_out = None
     if settings["data"] == BUILTIN:
         rows = synthetic_preferences(BUILTIN_PAIRS, settings["seed"])[: settings["limit"]]
@@ -492,7 +495,8 @@ def true_reward(prompt: str, response: str) -> float:
     Eq. 3.
 
     +0.8 for each detail of the topic asked about, -0.8 for one of another topic, +0.5 for politeness, -0.8
-    for rudeness, -0.2 for filler, and -0.5 for a sentence said again or unknown (made-up words)."""
+    for rudeness, -0.2 for filler, and -0.5 for a sentence said again or unknown (made-up words).
+    """
     details = next((details for topic, details in TOPICS.items() if topic in prompt), ())
     others = {detail for other in TOPICS.values() for detail in other} - set(details)
     reward, said = 0.0, set()
@@ -526,7 +530,8 @@ def synthetic_preferences(count: int, seed: int, held_out: bool = False) -> list
     Two responses of two to five random sentences; the label is drawn from Eq. 3 on the true reward, so that
     close pairs are ambiguous by nature, and then FLIPPED_SHARE of the labels are turned round. truth.margin:
     the true reward of chosen minus that of rejected. held_out: prompts that the other rows never use (one in
-    six)."""
+    six).
+    """
     draw = random.Random(f"{seed} {held_out}")
     prompts = _prompts()
     random.Random(0).shuffle(prompts)

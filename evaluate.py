@@ -39,6 +39,7 @@ from urllib.request import Request, urlopen
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -107,13 +108,13 @@ def length_controlled_win_rate(
     x = torch.stack([torch.ones_like(p), tanh], 1)[:, :k]
     ridge = torch.tensor([0, 1e-6], dtype=p.dtype)[:k].diag()  # b stays finite where length alone decides
     beta = x.new_zeros(k)
-    for _ in range(
-        100
-    ):  # Newton; the likelihood grows with any step that changes no row's logit by more than 1
+    for _ in range(100):  # Newton, each time with the best of ever shorter steps
         q = (x @ beta).sigmoid()
         bread = torch.linalg.inv(x.T @ (x * (q * (1 - q))[:, None]) + ridge)
         step = bread @ (x.T @ (p - q) - ridge @ beta)
-        beta = beta + step / (x @ step).abs().max().clamp(min=1)
+        tries = beta[:, None] + step[:, None] / 2 ** torch.arange(40)  # [k, 40]
+        loss = F.softplus(x @ tries).sum(0) - p @ x @ tries + (ridge @ tries**2).sum(0) / 2
+        beta = tries[:, loss.argmin()]
     win, scores = beta[0].sigmoid().item(), x * (p - q)[:, None]
     variance = (bread @ scores.T @ scores @ bread)[0, 0].item() * n / (n - k) if n > k else math.nan
     return 100 * win, 100 * win * (1 - win) * variance**0.5
@@ -235,13 +236,12 @@ def write_outputs(path: Path, name: str, model: Any, tokenizer: Any, prompts: li
     about = {"model": lm.fingerprint(model), "prompts": hashlib.sha256(repr(ids).encode()).hexdigest()}
     about |= {key: value for key, value in how.items() if key != "batch_size"}
     stored = path.with_suffix(".jsonl")
-    if not read_lines(stored):
-        append_line(stored, about)
-    first, *lines = read_lines(stored)
-    if first != about:
+    done = dict(read_lines(stored))
+    if not done:
+        append_line(stored, "about", about)
+    if done.pop("about", about) != about:
         raise ValueError(f"{stored} is of another model, other prompts or settings: delete it, or give --out")
-    done = {line["place"]: line["output"] for line in lines}
-    store = lambda place, text: append_line(stored, {"place": place, "output": text})  # noqa: E731
+    store = partial(append_line, stored)
     texts = generate(model, tokenizer, ids, **how, label=str(path), done=done, store=store)
     kept = [{key: row[key] for key in ("dataset", "instruction") if key in row} for row in prompts]
     write_json(path, [row | {"output": text.strip(), "generator": name} for row, text in zip(kept, texts)])
@@ -302,13 +302,13 @@ def ask_endpoint(
         body = {"model": model, "messages": messages} | how
         keys.append(hashlib.sha256(json.dumps([url, body]).encode()).hexdigest())
         bodies[keys[-1]] = body
-    answers = {line["key"]: line["answer"] for line in read_lines(store)}
+    answers = dict(read_lines(store))
     missing = [key for key in bodies if key not in answers]
 
     def ask(key: str) -> None:
         answers[key] = post(url, bodies[key], stop)
         with lock:
-            append_line(store, {"key": key, "answer": answers[key]})
+            append_line(store, key, answers[key])
             bar.update()
 
     with tqdm(total=len(missing), desc=model, unit="request") as bar, ThreadPoolExecutor(concurrency) as pool:
@@ -452,16 +452,15 @@ def judge_model(name: str, args: argparse.Namespace, device: Any) -> Row:
     found = {"outputs": str(out), "judge": title, "pairs": len(both), "no verdict": preferences.count(None)}
     found |= dict(zip(("WR %", "WR error"), win_rate(preferences)))
     found |= dict(zip(("LC %", "LC error"), length_controlled_win_rate(preferences, mine, theirs)))
-    found |= {"characters": fmean(mine), "baseline's": fmean(theirs)}
-    found |= {"without a partner": len(sides[0] | sides[1]) - len(both)}
+    alone = len(sides[0] | sides[1]) - len(both)
+    found |= {"characters": fmean(mine), "baseline's": fmean(theirs), "without a partner": alone}
     rows = read_pairs(args.labelled) if args.labelled else []
     if is_run(name) and not args.labelled and not args.judge.startswith("http"):
         rows = held_out(*open_run(name)[:2])[1]
     if rows := [row for row in rows if "drop" not in row]:
-        sides = [[row["rejected"], row["chosen"]] for row in rows]
-        texts = [[side if isinstance(side, str) else side["content"] for side in pair] for pair in sides]
-        right = judge([(row["prompt"], *pair) for row, pair in zip(rows, texts)])
-        right = [p and 1.5 + ((p > 1.5) - (p < 1.5)) / 2 for p in right]
+        sides = ((row["prompt"], row["rejected"], row["chosen"]) for row in rows)
+        items = [(p, *(s if isinstance(s, str) else s["content"] for s in side)) for p, *side in sides]
+        right = [p and prefer(1.5, p) for p in judge(items)]
         found |= {"judge right on labels %": win_rate(right)[0], "labels": len(rows)}
     if is_run(name):
         remembered(Path(name), judged=remembered(Path(name)).get("judged", {}) | {title: found})
@@ -668,10 +667,12 @@ def read_lines(path: Path) -> list[Any]:
     return found
 
 
-def append_line(path: Path, value: Any) -> None:
+def append_line(path: Path, *values: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write("\n" + json.dumps(value))  # the newline comes first: it ends a line that a crash cut short
+        file.write(
+            "\n" + json.dumps(values)
+        )  # the newline comes first: it ends a line that a crash cut short
 
 
 # ---------------------------------------------------------------------------------------------------- figures
@@ -714,12 +715,12 @@ def densities(axis: Any, values: dict[str, Any], x_label: str, **look: Any) -> N
     values = {label: torch.as_tensor(v, dtype=torch.float64) for label, v in values.items()}
     ends = [v.quantile(q).item() for v in values.values() for q in (0.005, 0.995)]
     low, high = min(ends), max(ends)
-    grid = torch.linspace(1.1 * low - 0.1 * high, 1.1 * high - 0.1 * low, 600, dtype=torch.float64)
+    grid = torch.linspace(1.2 * low - 0.2 * high, 1.2 * high - 0.2 * low, 600, dtype=torch.float64)
     for label, v in values.items():
         width = max(1.06 * v.std().item() * len(v) ** -0.2, (high - low) / 1000, 1e-9)
         kernels = torch.distributions.Normal(v, width).log_prob(grid[:, None]).exp()
         axis.plot(grid, kernels.mean(1), label=label, **look)
-    axis.set(xlabel=x_label, ylabel="density (1 / nat)")
+    axis.set(xlabel=x_label, ylabel="density (1 / nat)", ylim=(0, None))
 
 
 def results_over(axis: Any, xs: list[float], groups: list[Row], pattern: str, x_label: str) -> None:
@@ -768,10 +769,10 @@ def figure4(axes: Any, groups: list[Row], folder: Path) -> None:
 
 
 def figure5(axes: Any, groups: list[Row], folder: Path) -> None:
-    ratio = lambda group: 100 * fmean(filtered(folder)["ratio"] for folder in group["folders"])  # noqa: E731
-    groups = sorted(groups, key=ratio)
-    label = "pairs that the filter removed (percent)"
-    results_over(axes[0], [*map(ratio, groups)], groups, "^(win rate|WR|LC)", label)
+    ratios = [100 * fmean(filtered(folder)["ratio"] for folder in group["folders"]) for group in groups]
+    order = sorted(range(len(groups)), key=ratios.__getitem__)
+    xs, groups = [ratios[i] for i in order], [groups[i] for i in order]
+    results_over(axes[0], xs, groups, "^(win rate|WR|LC)", "pairs that the filter removed (percent)")
 
 
 def figure_margins(axes: Any, groups: list[Row], folder: Path) -> None:
@@ -819,15 +820,13 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figures = {name: Path(path) for name in FIGURES if (path := getattr(args, name))}
-    for path in figures.values():
-        if path.suffix not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"{path}: the name of a figure must end in .png, .svg or .pdf")
+    if bad := [path for path in figures.values() if path.suffix not in (".png", ".svg", ".pdf")]:
+        raise ValueError(f"{bad[0]}: the name of a figure must end in .png, .svg or .pdf")
     if args.out and len(args.models) > 1:
         raise ValueError("--out is for one model: leave it out, or name one")
     tables, folders = {}, [Path(name) for name in args.models]
-    if args.generate:
-        for name in args.models:
-            write_both_outputs(name, args, device)
+    for name in args.models if args.generate else []:
+        write_both_outputs(name, args, device)
     if args.judge:
         tables["judged"] = [judge_model(name, args, device) for name in args.models]
     if args.pairs:

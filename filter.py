@@ -49,7 +49,8 @@ def tau_for_ratio(base: Tensor, proxy: Tensor, ratio: float, gamma: float = 1.0)
     """The tau at which both steps together remove `ratio` of the N pairs in expectation.
 
     Solved by bisection: the expected number removed grows with tau. Raises ValueError if the ratio is not in
-    [0, 1) or if step 1 alone removes more."""
+    [0, 1) or if step 1 alone removes more.
+    """
     decrease = margin_decrease(base, proxy)
     step1, wanted = int(decrease.sum()), ratio * len(base)
     if not 0 <= ratio < 1 or not len(base):
@@ -78,7 +79,8 @@ def dual_denoising_filter(
 
     generator: a CPU generator for the draw of Eq. 9. Every pair has its own number in that draw, whether or
     not step 1 removed it, so pair i's fate does not depend on the other pairs' margins. Raises as the
-    functions above."""
+    functions above.
+    """
     decrease = margin_decrease(base, proxy)
     draw = torch.rand(len(proxy), dtype=torch.float64, generator=generator).to(proxy.device)
     retained = draw < retention_probability(proxy, tau, gamma)

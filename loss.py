@@ -34,12 +34,12 @@ def dpo_loss(
     beta: float | Tensor = 0.1,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """-log sigmoid(h), h = beta [(chosen - ref_chosen) - (rejected - ref_rejected)]; ln 2 where policy =
-    reference.
+    """-log sigmoid(h), h = beta [(chosen - ref_chosen) - (rejected - ref_rejected)]; ln 2 at the start.
 
     label_smoothing e in [0, 0.5): -(1 - e) log sigmoid(h) - e log sigmoid(-h), "conservative" DPO for labels
     that are wrong with probability e. Rafailov et al. 2023 (arXiv 2305.18290, Eq. 7); e: Mitchell, "A note on
-    DPO with noisy preferences"."""
+    DPO with noisy preferences".
+    """
     h = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)  # Eq. 4
 
@@ -58,7 +58,8 @@ def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 2.0, gamma: float
     """-log sigmoid(beta (chosen - rejected) - gamma), on means over tokens, no reference.
 
     Meng, Xia and Chen 2024 (arXiv 2405.14734, Eq. 6). gamma is the target margin itself, not its ratio to
-    beta."""
+    beta.
+    """
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
@@ -66,7 +67,8 @@ def orpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor:
     """-chosen - beta log sigmoid(log odds(chosen) - log odds(rejected)), on means over tokens, no reference.
 
     log odds(s) = s - log(1 - exp(s)). Hong, Lee and Thorne 2024 (arXiv 2403.07691, Eq. 6, 7); the first term
-    is the NLL of chosen. Scores must be below 0: a response of probability 1 has infinite odds."""
+    is the NLL of chosen. Scores must be below 0: a response of probability 1 has infinite odds.
+    """
 
     def log_odds(s: Tensor) -> Tensor:
         return s - torch.log(-torch.expm1(s))
@@ -80,7 +82,8 @@ def slic_loss(
     """max(0, 1 - beta [(chosen - ref_chosen) - (rejected - ref_rejected)]): the hinge of SLiC-HF.
 
     Zhao et al. 2023 (arXiv 2305.10425), with the reference inside as in RSO (Liu et al. 2023, arXiv
-    2309.06657)."""
+    2309.06657).
+    """
     return F.relu(1 - beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))
 
 
@@ -99,7 +102,8 @@ def kto_loss(
     pairs as TRL's "kto_pair" had.
 
     batch: (r+, r-) of every pair in the global batch, [m] each; by default the pairs given. z couples the
-    pairs, so a micro-batch must be told its batch, or the loss would depend on how the batch is split."""
+    pairs, so a micro-batch must be told its batch, or the loss would depend on how the batch is split.
+    """
     r_chosen, r_rejected = chosen - ref_chosen, rejected - ref_rejected
     z_chosen, z_rejected = (r.detach().mean().clamp(min=0) for r in batch or (r_chosen, r_rejected))
     wins = 1 - torch.sigmoid(beta * (r_chosen - z_rejected))
@@ -121,7 +125,8 @@ def beta_dpo_loss(
 
     M = beta mean(r+ - r-) over the batch, without gradient; threshold is a running mean of M (0.9 old + 0.1
     new), which the caller keeps. Wu et al. 2024 (arXiv 2407.08639), without their data filter: RMO has its
-    own. batch: as in kto_loss."""
+    own. batch: as in kto_loss.
+    """
     r_chosen, r_rejected = batch or (chosen - ref_chosen, rejected - ref_rejected)
     reward_margin = beta * (r_chosen - r_rejected).detach().mean()
     batch_beta = (beta * (1 + scale * (reward_margin - threshold))).clamp(min=1e-3)
@@ -133,11 +138,10 @@ def margin_amplification(margin: Tensor, median: float, alpha: float, weight: fl
 
     margin: chosen - rejected [B], with gradient, in the objective's own scores (nats, or nats a token), no
     reference subtracted and no beta. median, alpha: constants in the same unit. weight: lambda_reg, in units
-    of the loss. Raises ValueError unless alpha is positive and finite."""
+    of the loss. Raises ValueError unless alpha is positive and finite.
+    """
     if not 0 < alpha < float("inf"):
-        raise ValueError(
-            f"alpha must be positive and finite, not {alpha}: it is a width, in the margin's unit"
-        )
+        raise ValueError(f"alpha is a width in the margin's unit, positive and finite, not {alpha}")
     return weight * torch.sigmoid((median - margin) / alpha)  # Eq. 14
 
 

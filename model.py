@@ -217,7 +217,8 @@ def fast_products() -> bool:
 
     PyTorch's default, MKL, leaves AVX-512 unused on AMD processors; oneDNN's kernels are up to twice as fast
     there. The setting is named for what it allows, rounding the factors to bf16, and processors with AMX do
-    that. So a product is tried, and the setting kept only if it is exact to float32."""
+    that. So a product is tried, and the setting kept only if it is exact to float32.
+    """
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
     exact = bool(
@@ -266,7 +267,8 @@ def sequence_logps(model: nn.Module, batch: dict[str, Tensor], exact: bool = Fal
 def shares_prompt(model: nn.Module, one_row: dict[str, Tensor], two_rows: dict[str, Tensor]) -> bool:
     """Whether one row a pair gives this model the log-probabilities of two plain rows (data.collate makes
     both; try it on the longest pair). Not so for models whose mask is not ours to give (sliding windows
-    shorter than the row, recurrent layers) or that take no position ids."""
+    shorter than the row, recurrent layers) or that take no position ids.
+    """
     device = next(model.parameters()).device
     products = torch.backends.cuda.matmul
     precision, products.fp32_precision = products.fp32_precision, "ieee"
@@ -298,7 +300,8 @@ def score_pairs(
 
     batches: data.scoring_batches of this rank. Each pair is written by its index, exactly once over all
     ranks. label: of the progress bar, if one is wanted. Raises ValueError with the indices of pairs whose
-    score is not finite."""
+    score is not finite.
+    """
     device = next(model.parameters()).device
     parallel = dist.is_initialized()
     scores, written = torch.zeros(count, 2, device=device), torch.zeros(count, device=device)
