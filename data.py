@@ -462,11 +462,7 @@ TOPICS = {
     "chess": ("quick pawns", "a safe king", "open lines", "calm endgames"),
     "painting": ("soft brushes", "a clean canvas", "mixed colors", "dry layers"),
     "running": ("light shoes", "slow miles", "warm muscles", "steady breath"),
-    "guitars": ("fresh strings", "simple chords", "a metronome", "loose fingers"),
-    "cameras": ("a clear lens", "soft light", "a tripod", "short exposure"),
     "tea": ("fresh leaves", "hot water", "a thin cup", "three minutes"),
-    "sailing": ("strong ropes", "a fair wind", "a life vest", "sharp maps"),
-    "knitting": ("thick wool", "smooth needles", "even rows", "loose loops"),
     "camping": ("a dry tent", "warm blankets", "fire wood", "a flat place"),
 }
 QUESTIONS = (
@@ -494,7 +490,7 @@ def true_reward(prompt: str, response: str) -> float:
     """The built-in task's reward r(x, y): what the sentences of a response are worth for a prompt, in nats of
     Eq. 3.
 
-    +0.8 for each detail of the topic asked about, -0.8 for one of another topic, +0.5 for politeness, -0.8
+    +0.8 for each detail of the topic asked about, -0.8 for one of another topic, +0.8 for politeness, -1
     for rudeness, -0.2 for filler, and -0.5 for a sentence said again or unknown (made-up words).
     """
     details = next((details for topic, details in TOPICS.items() if topic in prompt), ())
@@ -506,7 +502,7 @@ def true_reward(prompt: str, response: str) -> float:
             sentence.removeprefix("You need ").removesuffix(".") if sentence.startswith("You need ") else None
         )
         worth = 0.8 if detail in details else -0.8 if detail in others else None
-        for kind, value in ((POLITE, 0.5), (RUDE, -0.8), (FILLER, -0.2)):
+        for kind, value in ((POLITE, 0.8), (RUDE, -1.0), (FILLER, -0.2)):
             worth = value if sentence in kind else worth
         reward += -0.5 if worth is None or sentence in said else worth
         said.add(sentence)

@@ -56,7 +56,6 @@ from loss import LENGTH_NORMALISED, REFERENCE_FREE
 
 Prompt = str | list[dict[str, str]]
 Item = tuple[Prompt, str, str]  # what a judge compares: prompt, baseline's output, model's output
-Judge = Callable[[list[Item]], list[float | None]]  # its preferences, from 1 (baseline) to 2 (model)
 Row = dict[str, Any]
 
 # -------------------------------------------------------------------------------------------------- win rates
@@ -78,9 +77,8 @@ def prefer(baseline: Any, model: Any) -> Any:
 def win_rate(preferences: list[float | None]) -> tuple[float, float]:
     """(percent, standard error) of AlpacaEval's win rate: the mean probability that the model wins.
 
-    preferences: 1 = baseline wins .. 2 = model wins, 0 or 1.5 = draw; None, NaN and others are no verdict
-    and left out. The standard error of a single verdict is NaN. Raises ValueError without any verdict.
-    """
+    preferences: 1 = baseline wins .. 2 = model wins, 0 or 1.5 = draw; None, NaN and others are no verdict and
+    left out. The standard error of a single verdict is NaN. Raises ValueError without any verdict."""
     _, p = _wins(preferences)
     error = p.std().item() / len(p) ** 0.5 if len(p) > 1 else math.nan
     return 100 * p.mean().item(), 100 * error
@@ -94,8 +92,7 @@ def length_controlled_win_rate(
     P(model wins) = sigmoid(c + b tanh(d / std(d))), d = baseline's length - model's length in characters,
     fitted by maximum likelihood; LC = 100 sigmoid(c) (Dubois et al. 2024, arXiv 2404.04475, Eq. 2 without
     its term for the instruction). The error is the sandwich estimate of the sampling error. With equal
-    lengths both are win_rate's; verdicts that are all alike are fitted exactly, by b = 0.
-    """
+    lengths both are win_rate's; verdicts that are all alike are fitted exactly, by b = 0."""
     counts = len(preferences), len(model_lengths), len(baseline_lengths)
     if len(set(counts)) > 1:
         raise ValueError("{} preferences, {} model lengths, {} baseline lengths".format(*counts))
@@ -142,8 +139,7 @@ def generate(
     A response depends on (seed, prompt, how often the prompt came before) and not on the batch it is in:
     the greedy choice over logits / temperature + Gumbel noise is an exact sample, and each response has
     its own generator of noise. temperature 0: greedy. top_p: only the most probable tokens that together have
-    this probability. done: responses there are, by place; store(place, response) is called for each new one.
-    """
+    this probability. done: responses there are, by place; store(place, response) is called for a new one."""
     if not (temperature >= 0 and 0 < top_p <= 1 and min(max_new_tokens, batch_size) >= 1):
         raise ValueError("sampling needs temperature >= 0, 0 < top_p <= 1, and one token and prompt at least")
     device, counts, seeds, responses = next(model.parameters()).device, Counter(), [], dict(done or {})
@@ -218,7 +214,7 @@ def read_pairs(source: str, seed: int = 0) -> list[Row]:
 
 def read_prompts(source: str) -> list[Row]:
     """{instruction, prompt, perhaps dataset}, each instruction once: AlpacaEval's, or of preference pairs."""
-    rows = read_json(Path(source)) if source.endswith(".json") and Path(source).is_file() else []
+    rows = read_json(Path(source), []) if source.endswith(".json") else []
     if rows and isinstance(rows, list) and all(isinstance(r, dict) and "instruction" in r for r in rows):
         rows = [r | {"prompt": prompt_of(r["instruction"])} for r in rows]
     else:
@@ -324,8 +320,8 @@ def ask_endpoint(
     choices = [answers[key]["choices"][0] for key in keys]
     if hard := sum(bool(choice) and not choice.get("logprobs") for choice in choices):
         print(f"{model}: {hard} answers without log-probabilities, hard labels: not AlpacaEval's judge")
-    found = map(parse_verdict, choices)
-    return [3 - verdict if verdict and switch else verdict for verdict, switch in zip(found, switched)]
+    found = zip(map(parse_verdict, choices), switched)
+    return [3 - verdict if verdict and switch else verdict for verdict, switch in found]
 
 
 def post(url: str, body: Row, stop: threading.Event) -> Row:
@@ -398,8 +394,9 @@ def ask_run(items: list[Item], folder: str, device: Any) -> list[float]:
     return [found.get(row, 1.5) for row in range(len(items))]  # those equal once truncated are no pairs
 
 
-def open_judge(args: argparse.Namespace, device: Any, store: Path) -> tuple[str, Judge]:
-    """The name and the judge that --judge asks for. Equal outputs are a draw that it is not asked about."""
+def open_judge(args: argparse.Namespace, device: Any, store: Path) -> tuple[str, Any]:
+    """The name of the judge that --judge asks for, and the judge: items -> preferences. Equal outputs are a
+    draw that it is not asked about."""
     name, path = args.judge, args.judge_prompt
     if re.match("https?://", name):
         if path == "alpaca_eval":
@@ -471,8 +468,7 @@ def judge_model(name: str, args: argparse.Namespace, device: Any) -> Row:
 
 
 def is_run(name: str | Path) -> bool:
-    path = Path(name) / "config.json"
-    return path.is_file() and "settings" in read_json(path)
+    return "settings" in read_json(Path(name) / "config.json", {})
 
 
 def open_run(name: str | Path, or_model: bool = False) -> tuple[Row, Any, dict[str, Path | str]]:
@@ -520,9 +516,10 @@ def scored(models: Row, pairs: list[Pair], s: Row, device: Any) -> Iterator[tupl
         chosen, rejected = (scores / lengths if s["objective"] in LENGTH_NORMALISED else scores).unbind(1)
         margins = chosen - rejected
         start = margins if start is None else start
-        shares = {"accuracy": margins > 0, "negative": margins < 0}
-        shares |= {"small": margins.abs() <= 0.1 * margins.std(unbiased=False)}
-        shares |= {} if margins is start else {"reward accuracy": margins > start}
+        shares = {"accuracy": margins > 0} | (
+            {} if margins is start else {"reward accuracy": margins > start}
+        )
+        shares |= {"negative": margins < 0, "small": margins.abs() <= 0.1 * margins.std(unbiased=False)}
         row = {f"{key} %": 100 * share.double().mean() for key, share in shares.items()}
         row |= {"mean": margins.mean(), "median": margins.median(), "variance": margins.var(unbiased=False)}
         yield label, model, margins, {key: value.item() for key, value in row.items()}
@@ -533,8 +530,7 @@ def report_run(folder: Path, device: Any) -> dict[str, dict[str, float]]:
 
     The built-in task adds what is true there: the reward of four sampled responses a prompt, and how often
     they beat the starting model's; the error is over prompts. In a distributed run call it on every rank, as
-    they share the scoring. Without held-out pairs: {}, after saying so.
-    """
+    they share the scoring. Without held-out pairs: {}, after saying so."""
     s, tokenizer, models = open_run(folder)
     (pairs, rows), first = held_out(s, tokenizer), not dist.is_initialized() or dist.get_rank() == 0
     if not pairs:
@@ -636,14 +632,16 @@ def remembered(folder: Path, **new: Any) -> Row:
     what is new, which is written there."""
     texts = [(folder / name).read_bytes() for name in ("config.json", "metrics.jsonl")]
     run, path = hashlib.sha256(b"".join(texts)).hexdigest()[:16], folder / "evaluation.json"
-    found = read_json(path) if path.is_file() else {}
+    found = read_json(path, {})
     found = (found if found.get("run") == run else {"run": run}) | new
     if new:
         write_json(path, found)
     return found
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, default: Any = None) -> Any:
+    if default is not None and not path.is_file():
+        return default
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -728,14 +726,11 @@ def results_over(axis: Any, xs: list[float], groups: list[Row], pattern: str, x_
     for key in groups[0]["results"]:
         if re.search(pattern + ".*%$", key) and all(key in group["results"] for group in groups):
             name = key.removesuffix(" %")
-            ys, errors = zip(*((g["results"][key], g["results"].get(f"{name} error", 0)) for g in groups))
-            axis.errorbar(xs, ys, errors, label=name, marker="o", capsize=3)
+            points = [
+                (x, g["results"][key], g["results"].get(f"{name} error", 0)) for x, g in zip(xs, groups)
+            ]
+            axis.errorbar(*zip(*sorted(points)), label=name, marker="o", capsize=3)
     axis.set(xlabel=x_label, ylabel="percent")
-
-
-def filtered(folder: Path) -> Row:
-    path = folder / "filter.json"
-    return read_json(path) if path.is_file() else {"ratio": 0.0, "removed_step1": [], "removed_step2": []}
 
 
 def figure1(axes: Any, groups: list[Row], folder: Path) -> None:
@@ -757,28 +752,28 @@ def figure3(axes: Any, groups: list[Row], folder: Path) -> None:
 
 
 def figure4(axes: Any, groups: list[Row], folder: Path) -> None:
-    groups, margins = sorted(groups, key=lambda group: group["settings"]["lambda_reg"]), {}
-    for group in groups:
-        found = [[[], *remembered(folder).get("margins", {}).values()][-1] for folder in group["folders"]]
-        margins[f"λ = {group['settings']['lambda_reg']:g}"] = sum(found, [])
+    xs, margins = [group["settings"]["lambda_reg"] for group in groups], {}
+    for x, group in sorted(zip(xs, groups), key=lambda point: point[0]):
+        found = [[[], *remembered(f).get("margins", {}).values()][-1] for f in group["folders"]]
+        margins[f"λ = {x:g}"] = margins.get(f"λ = {x:g}", []) + sum(found, [])
     if not all(margins.values()):
         raise ValueError("figure 4 shows margins of held-out pairs; train with --eval_data or --eval_share")
     densities(axes[0], margins, "margin (nats)")
-    for axis, pattern in ((axes[1], "accuracy"), (axes[2], "^(win rate|WR|LC)")):
-        results_over(axis, [group["settings"]["lambda_reg"] for group in groups], groups, pattern, "λ")
+    results_over(axes[1], xs, groups, "accuracy", "λ")
+    results_over(axes[2], xs, groups, "^(win rate|WR|LC)", "λ")
 
 
 def figure5(axes: Any, groups: list[Row], folder: Path) -> None:
-    ratios = [100 * fmean(filtered(folder)["ratio"] for folder in group["folders"]) for group in groups]
-    order = sorted(range(len(groups)), key=ratios.__getitem__)
-    xs, groups = [ratios[i] for i in order], [groups[i] for i in order]
+    filters = [[read_json(f / "filter.json", {"ratio": 0}) for f in group["folders"]] for group in groups]
+    xs = [100 * fmean(found["ratio"] for found in runs) for runs in filters]
     results_over(axes[0], xs, groups, "^(win rate|WR|LC)", "pairs that the filter removed (percent)")
 
 
 def figure_margins(axes: Any, groups: list[Row], folder: Path) -> None:
     margins, held = batch_margins(folder)["all"], remembered(folder).get("margins", {})
     kept = torch.ones(len(margins), dtype=torch.bool)
-    kept[filtered(folder)["removed_step1"] + filtered(folder)["removed_step2"]] = False
+    removed = read_json(folder / "filter.json", {"removed_step1": [], "removed_step2": []})
+    kept[removed["removed_step1"] + removed["removed_step2"]] = False
     bins = torch.linspace(margins.min(), margins.max(), 61)
     for name, values, stroke in (("all", margins, "-"), ("kept", margins[kept], "--")):
         label = f"{name} {len(values):,} training pairs"

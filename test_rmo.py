@@ -1087,6 +1087,20 @@ def test_interrupted_and_run_again_ends_the_same(stage, number, whole_run, tmp_p
     assert not (out / "checkpoint").exists()
 
 
+@slow
+def test_killed_forty_times_at_any_moment_ends_the_same(whole_run, tmp_path):
+    out, draw = tmp_path / "run", random.Random(0)
+    for _ in range(40):
+        child = start(command(output_dir=out, save_steps=1))
+        time.sleep(draw.uniform(2, 10))  # start-up takes half of it
+        child.kill()
+        child.communicate()
+    run(out, save_steps=1)
+    assert equal(weights(out), weights(whole_run)) and metrics(out) == metrics(whole_run)
+    for name in ("margins.safetensors", "filter.json"):
+        assert (out / name).read_bytes() == (whole_run / name).read_bytes()
+
+
 @pytest.mark.parametrize(
     "ranks, batch_size", [(2, 15), (3, 2)]
 )  # 15 = 8 + 7; with three ranks one has no pair at all
