@@ -859,7 +859,7 @@ def test_built_in_preferences_are_what_they_say():
 def test_true_reward_by_hand():
     answer = "Good question. You need flour. You need flour. You need hot water. Blah."
     assert data.true_reward("How do I start with bread?", answer) == pytest.approx(
-        0.5 + 0.8 - 0.5 - 0.8 - 0.5
+        0.8 + 0.8 - 0.5 - 0.8 - 0.5
     )
 
 
