@@ -485,7 +485,7 @@ def open_run(name: str | Path, or_model: bool = False) -> tuple[Row, Any, dict[s
     s = read_json(folder / "config.json")["settings"]
     vanilla, policy = f"vanilla {s['objective'].upper()}", folder / "policy"
     models = {"SFT": lm.stage_folder(folder, "sft")} if s["sft_epochs"] else {"base": s["model"]}
-    plain = s["batching"] == "random" and not s["lambda_reg"] and s["filter_ratio"] == 0 and s["tau"] is None
+    plain = lm.is_plain(s)
     if not plain and ((folder / "proxy").is_dir() or s["proxy"]):
         models[vanilla] = lm.stage_folder(folder, "proxy")
     return s, lm.load_tokenizer(policy), models | {vanilla if plain else "RMO": policy}
@@ -649,11 +649,8 @@ def read_json(path: Path, default: Any = None) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(unfinished, path)
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    lm.write_atomically(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
 def read_lines(path: Path) -> list[Any]:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -128,21 +128,36 @@ def builtin_model(seed: int) -> nn.Module:
         return LlamaForCausalLM(config)
 
 
+def is_plain(settings: dict[str, Any]) -> bool:
+    """Whether a run with these settings is the plain objective on random batches, a proxy."""
+    unfiltered = settings["tau"] is None and settings["filter_ratio"] == 0
+    return unfiltered and settings["batching"] == "random" and settings["lambda_reg"] == 0
+
+
 def stage_folder(run: Path, stage: str) -> Path:
     """The model of a stage ("sft", "proxy", "policy") of a run: its own, or that of the run it was given as
     --proxy."""
     while not (run / stage).is_dir():
         settings = json.loads((run / "config.json").read_text())["settings"]
         if not settings["proxy"]:
-            # a plain run is the proxy of those that were given it
-            plain = (
-                settings["batching"] == "random" and settings["filter_ratio"] == settings["lambda_reg"] == 0
-            )
-            if stage == "proxy" and plain and settings["tau"] is None:
+            if stage == "proxy" and is_plain(settings):  # itself the proxy of runs that were given it
                 return run / "policy"
             raise ValueError(f"{run} has no {stage}/")
         run = Path(settings["proxy"])
     return run / stage
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """The file appears whole or not at all: what `write` wrote elsewhere becomes `path` when on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        write(unfinished)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:

@@ -182,11 +182,6 @@ class Settings:
         return self.tau is not None or self.filter_ratio != 0
 
     @property
-    def modified(self) -> bool:
-        """Whether this is more than the plain objective on random batches."""
-        return self.filtering or self.batching != "random" or self.lambda_reg > 0
-
-    @property
     def needs_proxy(self) -> bool:
         amplify = self.lambda_reg > 0 and (self.alpha is None or self.median is None)
         return self.filtering or amplify or (self.batching != "random" and self.batch_margins == "proxy")
@@ -398,7 +393,7 @@ def fit(
             # Every rank takes its share; DDP needs them all, so one without pairs takes a pair of weight 0.
             mine = rows[rank::world] or rows[:1]
             weight = 1 / len(rows) if rank < len(rows) else 0.0
-            groups = data.micro_batches([pairs[i] for i in mine], s.micro_batch_tokens)
+            groups = data.micro_batches([pairs[i] for i in mine], s.micro_batch_tokens, shared)
             totals: Counter[str] = Counter()
             for group in groups:
                 index = [mine[i] for i in group]
@@ -521,7 +516,7 @@ def open_donor(s: Settings, identity: dict[str, str]) -> Path | None:
         if other != value:
             raise ValueError(f"--proxy {donor}: of another {key} ({other} there, {value} here)")
     scores = load_scores(donor, identity)
-    finished_plain = (donor / "policy").is_dir() and not Settings(**theirs["settings"]).modified
+    finished_plain = (donor / "policy").is_dir() and lm.is_plain(theirs["settings"])
     if not scores or (s.needs_proxy and "proxy_chosen" not in scores and not finished_plain):
         raise ValueError(
             f"--proxy {donor}: has no proxy margins and is no finished plain run, itself a proxy"
@@ -556,26 +551,13 @@ def open_run(s: Settings, identity: dict[str, str]) -> None:
         raise ValueError(f"{out} exists and is no run folder: choose another --output_dir")
     barrier()  # every rank has looked before one writes
     text = json.dumps(config, indent=1)
-    on_rank_0(lambda: write_atomically(out / "config.json", lambda path: path.write_text(text)))
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """The file appears whole or not at all: what `write` wrote elsewhere becomes `path` when on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        write(unfinished)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    on_rank_0(lambda: lm.write_atomically(out / "config.json", lambda path: path.write_text(text)))
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(about | {"checksum": checksum(tensors)}, sort_keys=True)
-    write_atomically(path, lambda unfinished: save_file(tensors, unfinished, metadata={"about": text}))
+    lm.write_atomically(path, lambda unfinished: save_file(tensors, unfinished, metadata={"about": text}))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -647,7 +629,7 @@ def cut_log(log: Path, step: int) -> None:
     if log.is_file():
         lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
         lines = [line for line in lines if json.loads(line)["step"] <= step]
-        write_atomically(log, lambda path: path.write_text("".join(lines)))
+        lm.write_atomically(log, lambda path: path.write_text("".join(lines)))
 
 
 # ---------------------------------------------------------------------------------------------------- reports
@@ -668,7 +650,7 @@ def report_filter(
     masks, ratio = {"step1": step1, "step2": removed & ~step1}, removed.double().mean().item()
     result = {"tau": tau, "gamma": gamma, "ratio": ratio, "kept": len(kept)}
     result |= {f"removed_{step}": mask.nonzero().flatten().tolist() for step, mask in masks.items()}
-    write_atomically(out / "filter.json", lambda path: path.write_text(json.dumps(result)))
+    lm.write_atomically(out / "filter.json", lambda path: path.write_text(json.dumps(result)))
     counts = ", ".join(f"{step} removed {int(mask.sum())}" for step, mask in masks.items())
     say(f"filter: {counts} of {len(base)} pairs ({ratio:.2%}), tau {tau:.3f}")
     kinds = {
