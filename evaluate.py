@@ -57,6 +57,7 @@ from loss import LENGTH_NORMALISED, REFERENCE_FREE
 Prompt = str | list[dict[str, str]]
 Item = tuple[Prompt, str, str]  # what a judge compares: prompt, baseline's output, model's output
 Row = dict[str, Any]
+SAMPLES = 16  # responses to each held-out prompt of the built-in task
 
 # -------------------------------------------------------------------------------------------------- win rates
 
@@ -214,7 +215,7 @@ def read_pairs(source: str, seed: int = 0) -> list[Row]:
 
 def read_prompts(source: str) -> list[Row]:
     """{instruction, prompt, perhaps dataset}, each instruction once: AlpacaEval's, or of preference pairs."""
-    rows = read_json(Path(source), []) if source.endswith(".json") else []
+    rows = lm.read_json(Path(source), []) if source.endswith(".json") else []
     if rows and isinstance(rows, list) and all(isinstance(r, dict) and "instruction" in r for r in rows):
         rows = [r | {"prompt": prompt_of(r["instruction"])} for r in rows]
     else:
@@ -361,9 +362,9 @@ def ask_truth(items: list[Item]) -> list[float]:
 @torch.no_grad()
 def ask_reward_model(items: list[Item], folder: str, device: Any) -> list[float]:
     """By a sequence classifier with one label, of the templated chat or of prompt and response as texts."""
-    tokenizer = lm.load_tokenizer(folder)
+    tokenizer, weights = lm.load_tokenizer(folder), {"dtype": torch.float32, "use_safetensors": True}
     try:
-        model = RewardModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        model = RewardModel.from_pretrained(folder, trust_remote_code=False, **weights)
         if model.config.num_labels != 1 or "SequenceClassification" not in str(model.config.architectures):
             raise ValueError(f"{model.config.architectures} is no sequence classifier with one label")
         model.to(device).eval()
@@ -429,7 +430,7 @@ def judge_model(name: str, args: argparse.Namespace, device: Any) -> Row:
     for path in (out / "reference_outputs.json", out / "model_outputs.json"):
         if not path.is_file():
             raise ValueError(f"{path} is missing: make it with --generate PROMPTS")
-        rows = read_json(path)
+        rows = lm.read_json(path)
         fit = all(isinstance(row, dict) and {"instruction", "output"} <= row.keys() for row in rows)
         if not fit or len({row["instruction"] for row in rows}) < len(rows):
             raise ValueError(f"{path}: no list of {{instruction, output, generator}}, each instruction once")
@@ -468,7 +469,7 @@ def judge_model(name: str, args: argparse.Namespace, device: Any) -> Row:
 
 
 def is_run(name: str | Path) -> bool:
-    return "settings" in read_json(Path(name) / "config.json", {})
+    return "settings" in lm.read_json(Path(name) / "config.json", {})
 
 
 def open_run(name: str | Path, or_model: bool = False) -> tuple[Row, Any, dict[str, Path | str]]:
@@ -482,7 +483,7 @@ def open_run(name: str | Path, or_model: bool = False) -> tuple[Row, Any, dict[s
         raise ValueError(f"{folder}: no run (no config.json with settings in it); train.py makes them")
     if not (folder / "policy").is_dir():
         raise ValueError(f"{folder}: not finished (no policy/); start train.py again with the same command")
-    s = read_json(folder / "config.json")["settings"]
+    s = lm.read_config(folder)["settings"]
     vanilla, policy = f"vanilla {s['objective'].upper()}", folder / "policy"
     models = {"SFT": lm.stage_folder(folder, "sft")} if s["sft_epochs"] else {"base": s["model"]}
     plain = lm.is_plain(s)
@@ -512,7 +513,7 @@ def scored(models: Row, pairs: list[Pair], s: Row, device: Any) -> Iterator[tupl
         model = lm.load_model(name, s["seed"]).to(device).eval()
         shared = lm.shares_prompt(model, data.collate(longest, True), data.collate(longest, False))
         batches = data.scoring_batches(pairs, 2048, shared, *ranks)
-        scores = lm.score_pairs(model, batches, len(pairs), f"{name} {label}").double()
+        scores = lm.score_pairs(model, batches, [pair.source for pair in pairs], f"{name} {label}").double()
         chosen, rejected = (scores / lengths if s["objective"] in LENGTH_NORMALISED else scores).unbind(1)
         margins = chosen - rejected
         start = margins if start is None else start
@@ -528,9 +529,10 @@ def scored(models: Row, pairs: list[Pair], s: Row, device: Any) -> Iterator[tupl
 def report_run(folder: Path, device: Any) -> dict[str, dict[str, float]]:
     """Print a table on the held-out pairs of a finished run, and return it: {label: {column: value}}.
 
-    The built-in task adds what is true there: the reward of four sampled responses a prompt, and how often
-    they beat the starting model's; the error is over prompts. In a distributed run call it on every rank, as
-    they share the scoring. Without held-out pairs: {}, after saying so."""
+    The built-in task adds what is true there: the reward of SAMPLES responses a prompt, how often they beat
+    the starting model's, each compared with each, with the error over prompts, and that rate at equal
+    lengths. In a distributed run call it on every rank, as they share the scoring. Without held-out pairs:
+    {}, after saying so."""
     s, tokenizer, models = open_run(folder)
     (pairs, rows), first = held_out(s, tokenizer), not dist.is_initialized() or dist.get_rank() == 0
     if not pairs:
@@ -542,14 +544,21 @@ def report_run(folder: Path, device: Any) -> dict[str, dict[str, float]]:
     for label, model, values, report[label] in scored(models, pairs, s, device):
         margins[label] = values.tolist()
         if s["data"] == BUILTIN and not s["eval_data"]:
-            texts = generate(model, tokenizer, [*prompts] * 4, 64, 1.0, 1.0, s["seed"], batch_size=192)
-            rewards = [data.true_reward(*pair) for pair in zip([*prompts.values()] * 4, texts)]
-            rewards = torch.tensor(rewards, dtype=torch.float64).view(4, -1)  # [samples, prompts]
-            report[label]["true reward"] = rewards.mean().item()
-            if baseline is not None:
-                found = win_rate(prefer(baseline, rewards).mean(0).tolist())
-                report[label] |= dict(zip(("win rate %", "win rate error"), found))
-            baseline = rewards if baseline is None else baseline
+            draw = s["seed"] if baseline is None else s["seed"] + 1  # independent of the starting model's
+            texts = generate(model, tokenizer, [*prompts] * SAMPLES, 64, 1.0, 1.0, draw, batch_size=256)
+            found = [(data.true_reward(p, t), len(t)) for p, t in zip([*prompts.values()] * SAMPLES, texts)]
+            found = torch.tensor(found, dtype=torch.float64).view(SAMPLES, -1, 2)  # [samples, prompts, 2]
+            report[label]["true reward"] = found[..., 0].mean().item()
+            baseline = found if baseline is None else baseline
+            if baseline is not found:
+                both = torch.broadcast_tensors(baseline[:, None], found[None])  # each with each, [S, S, P, 2]
+                wins = prefer(both[0][..., 0], both[1][..., 0])
+                values = win_rate(wins.mean((0, 1)).tolist())
+                report[label] |= dict(zip(("win rate %", "win rate error"), values))
+                sizes = (side[..., 1].flatten().tolist() for side in both[::-1])
+                report[label]["LC win rate %"] = length_controlled_win_rate(wins.flatten().tolist(), *sizes)[
+                    0
+                ]
     if first:
         print(f"{folder}: {len(pairs)} held-out pairs, margins in nats, wins against {next(iter(models))}")
         print(markdown([{"model": label} | row for label, row in report.items()]))
@@ -632,20 +641,11 @@ def remembered(folder: Path, **new: Any) -> Row:
     what is new, which is written there."""
     texts = [(folder / name).read_bytes() for name in ("config.json", "metrics.jsonl")]
     run, path = hashlib.sha256(b"".join(texts)).hexdigest()[:16], folder / "evaluation.json"
-    found = read_json(path, {})
+    found = lm.read_json(path, {})
     found = (found if found.get("run") == run else {"run": run}) | new
     if new:
         write_json(path, found)
     return found
-
-
-def read_json(path: Path, default: Any = None) -> Any:
-    if default is not None and not path.is_file():
-        return default
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -761,7 +761,7 @@ def figure4(axes: Any, groups: list[Row], folder: Path) -> None:
 
 
 def figure5(axes: Any, groups: list[Row], folder: Path) -> None:
-    filters = [[read_json(f / "filter.json", {"ratio": 0}) for f in group["folders"]] for group in groups]
+    filters = [[lm.read_json(f / "filter.json", {"ratio": 0}) for f in group["folders"]] for group in groups]
     xs = [100 * fmean(found["ratio"] for found in runs) for runs in filters]
     results_over(axes[0], xs, groups, "^(win rate|WR|LC)", "pairs that the filter removed (percent)")
 
@@ -769,7 +769,7 @@ def figure5(axes: Any, groups: list[Row], folder: Path) -> None:
 def figure_margins(axes: Any, groups: list[Row], folder: Path) -> None:
     margins, held = batch_margins(folder)["all"], remembered(folder).get("margins", {})
     kept = torch.ones(len(margins), dtype=torch.bool)
-    removed = read_json(folder / "filter.json", {"removed_step1": [], "removed_step2": []})
+    removed = lm.read_json(folder / "filter.json", {"removed_step1": [], "removed_step2": []})
     kept[removed["removed_step1"] + removed["removed_step2"]] = False
     bins = torch.linspace(margins.min(), margins.max(), 61)
     for name, values, stroke in (("all", margins, "-"), ("kept", margins[kept], "--")):

@@ -12,19 +12,23 @@ Weights are float32 (bf16 autocast on CUDA), dropout is off, only safetensors ar
 run.
 """
 
+import ctypes
 import hashlib
 import json
 import os
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -36,6 +40,7 @@ from transformers import (
 )
 
 BUILTIN, BUILTIN_VOCABULARY = "built-in", 640
+CHECKSUMS = "checksums.json"  # the last file of a model folder that a run wrote
 BUILTIN_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -73,8 +78,10 @@ def _from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
         raise ValueError(
             f"{name}: no model folder (no config.json in it); give what save_pretrained wrote, or a hub id"
         )
+    if (Path(name) / CHECKSUMS).is_file() and (wrong := damage(Path(name))):
+        raise ValueError(f"{name}: {wrong}. Make it again; or, if you changed it, delete its {CHECKSUMS}")
     try:
-        return kind.from_pretrained(name, **options)
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
     except (
         Exception
     ) as error:  # missing or damaged files, no network, an architecture that is not a causal LM, ...
@@ -138,13 +145,32 @@ def stage_folder(run: Path, stage: str) -> Path:
     """The model of a stage ("sft", "proxy", "policy") of a run: its own, or that of the run it was given as
     --proxy."""
     while not (run / stage).is_dir():
-        settings = json.loads((run / "config.json").read_text())["settings"]
+        settings = read_config(run)["settings"]
         if not settings["proxy"]:
             if stage == "proxy" and is_plain(settings):  # itself the proxy of runs that were given it
                 return run / "policy"
             raise ValueError(f"{run} has no {stage}/")
         run = Path(settings["proxy"])
     return run / stage
+
+
+def read_json(path: Path, default: Any = None) -> Any:
+    """What is in the file, or the default if there is none. Raises ValueError naming the file."""
+    if default is not None and not path.is_file():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """config.json of a run. Raises ValueError if it is damaged."""
+    config = read_json(run / "config.json")
+    settings = config.get("settings") if isinstance(config, dict) else None
+    if not isinstance(settings, dict) or "objective" not in settings:
+        raise ValueError(f"{run / 'config.json'}: no settings of a run: restore it, or delete {run}")
+    return config
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -161,12 +187,34 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Write a Hugging Face folder that appears whole or not at all."""
+    """Write a Hugging Face folder that appears whole or not at all, with the checksums of its files."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
+    files = [path for path in sorted(unfinished.iterdir()) if path.is_file()]
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sums = {path.name: checksum(path) for path in files}
+    write_atomically(unfinished / CHECKSUMS, lambda path: path.write_text(json.dumps(sums, indent=1)))
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one
     os.replace(unfinished, folder)
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a folder that save_model wrote; nothing: ""."""
+    try:
+        sums = read_json(folder / CHECKSUMS)
+        wrong = [name for name, value in sums.items() if checksum(folder / name) != value]
+    except (OSError, ValueError, AttributeError) as error:
+        return f"it is not whole ({error})"
+    return f"{wrong[0]} is not as it was written" if wrong else ""
+
+
+def checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -233,7 +281,12 @@ def fast_products() -> bool:
     PyTorch's default, MKL, leaves AVX-512 unused on AMD processors; oneDNN's kernels are up to twice as fast
     there. The setting is named for what it allows, rounding the factors to bf16, and processors with AMX do
     that. So a product is tried, and the setting kept only if it is exact to float32.
+
+    Call it before the first product. oneDNN keeps a compiled kernel, megabytes, for each shape of the last
+    1,024, and rows of text have ever new shapes: 32 are enough for one micro-batch.
     """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
     exact = bool(
@@ -241,6 +294,58 @@ def fast_products() -> bool:
     )  # bf16 would be off by 0.1, float32 by 1e-5
     torch.backends.mkldnn.matmul.fp32_precision = "bf16" if exact else "ieee"
     return exact
+
+
+def checkpoint_activations(model: nn.Module, full: bool) -> None:
+    """Keep fewer activations for the backward pass, which computes the others again.
+
+    full: keep each layer's input only, for a third more time. Otherwise, on a CPU, keep what matrix products
+    and attention gave and compute the rest, norms and elementwise work, again: under half of the memory, for
+    a few percent. Tiny models, which have no memory to save, are left as they are.
+    """
+    aten, options = torch.ops.aten, {"use_reentrant": False, "preserve_rng_state": False}
+    products = [aten.mm.default, aten.addmm.default, aten.bmm.default]
+    products += [aten._scaled_dot_product_flash_attention_for_cpu.default]
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if not full and on_cpu and model.supports_gradient_checkpointing and model.num_parameters() > 10**7:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, products)
+    if full or "context_fn" in options:
+        model.activation_checkpointing_enable(options)
+    if "context_fn" in options:  # the embedding's gradient, the largest, comes when activations are gone
+        model.get_input_embeddings().register_forward_hook(
+            lambda module, args, out: out.requires_grad and out.register_hook(return_freed_memory) and None
+        )
+
+
+def return_freed_memory(*_: Any) -> None:
+    """Give freed memory back to the system. glibc keeps it otherwise, in holes that the next micro-batch, of
+    other shapes, does not fit into."""
+    if sys.platform == "linux":
+        with suppress(AttributeError, OSError):  # a C library without it
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def product_weights(model: nn.Module) -> tuple[int, int]:
+    """(weights that multiply every token, weights of the head, which multiplies response tokens only).
+
+    A training step costs 6 floating-point operations for each weight and token, or 4 where the weight is
+    frozen; products between tokens, inside attention, come on top and are not counted.
+    """
+    head = model.get_output_embeddings().weight
+    tables = {head} | {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    return sum(p.numel() for p in model.parameters() if p.dim() == 2 and p not in tables), head.numel()
+
+
+def product_speed(device: torch.device) -> float:
+    """Floating-point operations a second of one large matrix product, the best of five."""
+    n, seconds = 8192 if device.type == "cuda" else 2048, []
+    a = torch.ones(n, n, device=device)
+    for _ in range(5):
+        started = time.perf_counter()
+        with autocast(device):
+            (a @ a)[0, 0].item()
+        seconds.append(time.perf_counter() - started)
+    return 2 * n**3 / min(seconds)
 
 
 def autocast(device: torch.device) -> AbstractContextManager:
@@ -308,15 +413,18 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
 
 @torch.no_grad()
 def score_pairs(
-    model: nn.Module, batches: Iterator[tuple[list[int], dict[str, Tensor]]], count: int, label: str = ""
+    model: nn.Module,
+    batches: Iterator[tuple[list[int], dict[str, Tensor]]],
+    names: list[str],
+    label: str = "",
 ) -> Tensor:
-    """log pi(y|x) of chosen and rejected of `count` pairs: [N, 2], float32, on the CPU and the same on every
-    rank.
+    """log pi(y|x) of chosen and rejected of N pairs: [N, 2], float32, on the CPU and the same on every rank.
 
     batches: data.scoring_batches of this rank. Each pair is written by its index, exactly once over all
-    ranks. label: of the progress bar, if one is wanted. Raises ValueError with the indices of pairs whose
-    score is not finite.
+    ranks. names: of the pairs, [N]. label: of the progress bar, if one is wanted. Raises ValueError with the
+    names of pairs whose score is not finite.
     """
+    count = len(names)
     device = next(model.parameters()).device
     parallel = dist.is_initialized()
     scores, written = torch.zeros(count, 2, device=device), torch.zeros(count, device=device)
@@ -333,5 +441,6 @@ def score_pairs(
     if not (written == 1).all():
         raise RuntimeError(f"{int((written != 1).sum())} of {count} pairs were not scored exactly once")
     if bad := (~scores.isfinite()).any(1).nonzero().flatten().tolist():
-        raise ValueError(f"{len(bad)} of {count} pairs have no finite log-probability: numbers {bad[:10]}")
+        which = ", ".join(names[i] for i in bad[:8])
+        raise ValueError(f"{len(bad)} of {count} pairs have no finite log-probability: {which}; look at them")
     return scores.cpu()

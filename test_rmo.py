@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -420,8 +421,8 @@ def naive_scores(model, pairs):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "qwen2", "gpt2"])
-@pytest.mark.parametrize("how", ["plain", "lora", "gradient checkpointing"])
-def test_shared_prompt_gives_the_naive_scores_and_gradients(kind, how):
+@pytest.mark.parametrize("how", ["plain", "lora", "keep products", "keep nothing"])
+def test_shared_prompt_gives_the_naive_scores_and_gradients(kind, how, monkeypatch):
     if (kind, how) == ("gpt2", "lora"):
         with pytest.raises(ValueError, match="no nn.Linear"):
             lm.add_lora(tiny(kind), 2, 0)
@@ -432,8 +433,10 @@ def test_shared_prompt_gives_the_naive_scores_and_gradients(kind, how):
         for layer in model.modules():
             if isinstance(layer, lm.LoRALinear):
                 layer.b.data.normal_(0, 0.2, generator=seeded())
-    if how == "gradient checkpointing":
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    if how.startswith("keep"):
+        monkeypatch.setattr(model, "num_parameters", lambda: 10**9)  # tiny models are left alone
+        lm.checkpoint_activations(model, full=how == "keep nothing")
+        assert model.is_activation_checkpointing
     weights = [p for p in model.parameters() if p.requires_grad]
     naive = naive_scores(model, pairs)
     wanted = torch.autograd.grad(F.softplus(naive[:, 1] - naive[:, 0]).sum(), weights)
@@ -443,6 +446,50 @@ def test_shared_prompt_gives_the_naive_scores_and_gradients(kind, how):
         got = torch.autograd.grad(F.softplus(ours[:, 1] - ours[:, 0]).sum(), weights)
         for a, b in zip(got, wanted):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@slow
+def test_scoring_is_faster_than_a_naive_padded_pass(capsys):
+    """RMO_MODEL=MODEL RMO_DATA=PAIRS.jsonl RMO_SLOW=1 pytest -k naive_padded: 48 of the pairs, both ways in turn."""
+    if not (os.environ.get("RMO_MODEL") and os.environ.get("RMO_DATA")):
+        pytest.skip("set RMO_MODEL and RMO_DATA: a model that takes seconds, and preference pairs")
+    tokenizer, model = lm.load_tokenizer(os.environ["RMO_MODEL"]), lm.load_model(os.environ["RMO_MODEL"])
+    pairs, _ = data.tokenize_preferences(data.read_preferences(os.environ["RMO_DATA"], 48), tokenizer, 512)
+    products = torch.backends.mkldnn.matmul
+
+    def ours():
+        lm.fast_products()
+        return lm.score_pairs(model, data.scoring_batches(pairs, 512), [p.source for p in pairs])
+
+    @torch.no_grad()
+    def naive():
+        products.fp32_precision, scores = "ieee", []
+        for k in range(0, len(pairs), 8):  # 8 pairs, 16 padded rows
+            rows = [(p.prompt, response) for p in pairs[k : k + 8] for response in (p.chosen, p.rejected)]
+            ids = torch.nn.utils.rnn.pad_sequence([tensor(a + b) for a, b in rows], batch_first=True)
+            lengths = tensor([len(a + b) for a, b in rows])
+            logits = model(input_ids=ids, attention_mask=torch.arange(ids.shape[1]) < lengths[:, None]).logits
+            logps = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+            scores += [logps[i, len(a) - 1 : len(a + b) - 1].sum() for i, (a, b) in enumerate(rows)]
+        return torch.stack(scores).view(-1, 2)
+
+    seconds = {ours: [], naive: []}
+    for _ in range(3):
+        for way in seconds:
+            started = time.perf_counter()
+            scores = way()
+            seconds[way].append(time.perf_counter() - started)
+    assert torch.allclose(ours(), scores, rtol=1e-4, atol=1e-2)
+    a, b = (sorted(seconds[way])[1] / len(pairs) for way in (ours, naive))
+    with capsys.disabled():
+        print(f"\nscoring: {a:.3f} s a pair, naive {b:.3f}: {b / a:.2f} x; all seconds {[*seconds.values()]}")
+    assert b > 2 * a
+
+
+def test_weights_that_multiply_every_token_by_hand():
+    layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48  # queries and output, keys and values of 2 heads, MLP
+    assert lm.product_weights(tiny("llama")) == (2 * layer, 64 * 32)
+    assert lm.product_weights(tiny("gpt2")) == (2 * 12 * 32 * 32, 64 * 32)  # its head is its embedding
 
 
 def test_models_that_cannot_share_the_prompt_are_found_out():
@@ -458,7 +505,7 @@ def test_scores_do_not_depend_on_padding_other_rows_or_micro_batches():
     model, pairs = tiny("llama"), some_pairs(12)
     alone = torch.cat([lm.sequence_logps(model, data.collate([pair])) for pair in pairs])
     for tokens in (1, 40, 10_000):
-        together = lm.score_pairs(model, data.scoring_batches(pairs, tokens), len(pairs))
+        together = lm.score_pairs(model, data.scoring_batches(pairs, tokens), [p.source for p in pairs])
         assert torch.allclose(together, alone, rtol=1e-5, atol=1e-5)
     groups = data.micro_batches(pairs, 40)
     assert sorted(sum(groups, [])) == list(range(12))
@@ -488,9 +535,32 @@ def test_fast_products_are_float32():
 
 def test_scores_that_are_not_finite_are_refused():
     model, pairs = tiny("llama"), some_pairs(3)
-    model.lm_head.weight.data[pairs[1].chosen[0]] = math.nan
-    with pytest.raises(ValueError, match="no finite log-probability"):
-        lm.score_pairs(model, data.scoring_batches(pairs, 100), 3)
+    pairs[1] = pairs[1]._replace(prompt=[1])  # a token that the others do not have
+    model.model.embed_tokens.weight.data[1] = math.nan
+    names = ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]
+    with pytest.raises(ValueError, match="1 of 3 pairs have no finite log-probability: a.jsonl:2"):
+        lm.score_pairs(model, data.scoring_batches(pairs, 100), names)
+
+
+def test_code_and_pickles_that_come_with_a_model_are_refused(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        lm.load_model(tmp_path)
+    classes = {
+        "AutoConfig": "code.Config",
+        "AutoModelForCausalLM": "code.Model",
+        "AutoTokenizer": ["code.T", None],
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "theirs", "auto_map": classes}))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'was here')!r}, 'w')")
+    for load in (lm.load_model, lm.load_tokenizer):
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            load(str(tmp_path))
+    assert not (tmp_path / "was here").exists()
+    own = "".join(path.read_text() for path in HERE.glob("*.py") if path.name != Path(__file__).name)
+    assert not re.search(r"pickle|torch\.load|trust_remote_code=True|unpack_archive|tarfile|zipfile", own)
 
 
 def test_dropout_is_off(tmp_path):
@@ -663,6 +733,106 @@ def test_hub_datasets_go_through_huggingface_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
     with pytest.raises(ValueError, match=r"owner/name: no such file, and the hub .*no network\)$"):
         data.read_preferences("owner/name")
+
+
+def hostile_rows():
+    """Rows as a careless or hostile hand may write them: some are pairs, most are nearly pairs."""
+    from hypothesis import strategies as st
+
+    nasty = [
+        "",
+        " ",
+        "\x00",
+        "\r\n",
+        "\ufeff",
+        "\ud83d",
+        "😀" * 9,
+        "<|end|>",
+        "<|user|>",
+        "\n\nAssistant:",
+        "\ue000",
+        "a" * 500,
+    ]
+    text = st.one_of(
+        st.sampled_from(nasty), st.text(max_size=20), st.lists(st.sampled_from(nasty)).map("".join)
+    )
+    role = st.sampled_from(["user", "assistant", "system", "tool", ""])
+    message = st.fixed_dictionaries({"role": role, "content": text})
+    wrong = st.recursive(
+        st.one_of(st.none(), st.booleans(), st.floats(), st.integers(), text), st.lists, max_leaves=5
+    )
+    talk = st.lists(st.one_of(message, message, wrong), max_size=4)
+    answer = st.one_of(text, text.map(lambda t: [{"role": "assistant", "content": t}]), talk, wrong)
+    prompt = st.one_of(text, text.map(lambda t: [{"role": "user", "content": t}]), talk, wrong)
+    both = {"chosen": answer, "rejected": answer}
+    row = st.fixed_dictionaries(both, optional={"prompt": prompt, "extra": wrong})
+    whole = text.filter(lambda t: "\ud83d" not in t)
+    strings = st.fixed_dictionaries({"prompt": whole, "chosen": whole, "rejected": whole})
+    pairs = st.lists(strings, min_size=1, max_size=3)
+    return st.one_of(pairs, pairs, st.lists(st.one_of(strings, row, wrong), min_size=1, max_size=3))
+
+
+def test_hostile_files_are_refused_or_kept_to_the_letter(tokenizer, tmp_path_factory):
+    hypothesis = pytest.importorskip("hypothesis")
+    from hypothesis import strategies as st
+
+    folder, ends, seen = tmp_path_factory.mktemp("hostile"), {tokenizer.eos_token_id}, Counter()
+    controls = set(tokenizer.all_special_ids)
+
+    @hypothesis.settings(max_examples=300, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(
+        hostile_rows(),
+        st.booleans(),
+        st.sampled_from(["\n", "\r\n"]),
+        st.booleans(),
+        st.integers(0, 15),
+        st.sampled_from([8, 400]),
+    )
+    def check(rows, ascii_only, newline, bom, cut, max_length):
+        lines = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
+        if cut == 1:  # a duplicate key, a crash while writing, deep nesting
+            lines[-1] = lines[-1].replace("{", '{"chosen": "x", ', 1)
+        if cut == 2:
+            lines[-1] = lines[-1][: len(lines[-1]) // 2]
+        if cut == 3:
+            lines[-1] = "[" * 100_000
+        content = (b"\xef\xbb\xbf" if bom else b"") + newline.join(lines).encode("utf-8", "surrogatepass")
+        path = folder / "rows.jsonl"
+        path.write_bytes(content)
+        try:
+            read = data.read_preferences(str(path))
+            pairs, counts = data.tokenize_preferences(read, tokenizer, max_length)
+        except ValueError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+            seen["refused"] += 1
+            return
+        assert len(read) == len(rows) and counts["read"] == len(rows)
+        for row, found in zip(rows, read):
+            for side in ("chosen", "rejected"):  # the text that was written, all of it
+                wanted, got = row[side], found[side]
+                assert got == (wanted[-1] if isinstance(wanted, list) else wanted) or wanted.endswith(got)
+        for pair in pairs:
+            assert pair.prompt and pair.chosen and pair.rejected and pair.chosen != pair.rejected
+            assert len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= max_length
+            for side in ("chosen", "rejected"):
+                response, text = getattr(pair, side), read[pair.row][side]
+                text = text if isinstance(text, str) else text["content"]
+                said = response[:-1] if response[-1] in ends else response
+                assert not controls & set(said), "a control token inside a response"
+                if max_length == 400 and len(said) < len(response):  # not truncated
+                    whole = tokenizer.decode(pair.prompt + said)
+                    assert whole.endswith(text)
+                    seen["kept to the letter"] += 1
+
+    check()
+    assert seen["refused"] > 60 and seen["kept to the letter"] > 60, seen
+
+
+def test_a_megabyte_in_one_response_is_read_and_truncated_quickly(tokenizer, tmp_path):
+    started = time.monotonic()
+    [pair], counts = pairs_of([chat("Hi", "word " * 200_000 + "x" * 50_000, "No.")], tokenizer, tmp_path, 64)
+    assert counts["response truncated"] == 1 and len(pair.prompt + pair.chosen) == 64
+    assert time.monotonic() - started < 20
 
 
 def test_unusable_pairs_are_dropped_and_counted(tokenizer, tmp_path):
@@ -1064,14 +1234,19 @@ def test_a_run_given_as_proxy_is_not_trained_again_and_gives_the_same(whole_run,
     assert equal(weights(run(tmp_path / "third", proxy=str(from_plain))), weights(whole_run))
 
 
+def wait_for(stage, out, child, since=0):
+    """Until `stage` has a checkpoint, younger than `since`."""
+    state, mark = out / "checkpoint" / "state.safetensors", f'stage\\": \\"{stage}'.encode()
+    while not (state.exists() and state.stat().st_mtime_ns > since and mark in state.read_bytes()[:50_000]):
+        assert child.poll() is None, child.communicate()[0]
+        time.sleep(0.002)
+
+
 def stop_at(stage, number, out):
     """Start a quick run and send it the signal once `stage` has a checkpoint."""
-    child, state = start(command(output_dir=out, save_steps=1)), out / "checkpoint" / "state.safetensors"
-    while child.poll() is None:
-        if state.exists() and f'stage\\": \\"{stage}'.encode() in state.read_bytes()[:50_000]:
-            child.send_signal(number)
-            break
-        time.sleep(0.002)
+    child = start(command(output_dir=out, save_steps=1))
+    wait_for(stage, out, child)
+    child.send_signal(number)
     return child.communicate()[0], child.returncode
 
 
@@ -1106,16 +1281,84 @@ def test_killed_forty_times_at_any_moment_ends_the_same(whole_run, tmp_path):
 )  # 15 = 8 + 7; with three ranks one has no pair at all
 def test_several_ranks_end_with_the_weights_of_one(ranks, batch_size, tmp_path):
     settings = {"limit": 60, "batch_size": batch_size, "sft_epochs": 0, "filter_ratio": 0.5, "lr": 1e-5}
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks))
-    child = start(command(*torchrun, output_dir=tmp_path / "several", **settings))
+    child = torchrun(ranks, output_dir=tmp_path / "several", **settings)
     one = run(tmp_path / "one", **settings)
     told = child.communicate()[0]
-    assert child.returncode == 0, told
+    assert child.returncode == 0 and re.search(r"\d pairs/s, .* peak memory .* utilisation \d+%", told), told
     a, b = weights(one), weights(tmp_path / "several")
     assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)  # a tenth of what one step moves
     for x, y in zip(metrics(one), metrics(tmp_path / "several"), strict=True):
         del x["accuracy"], y["accuracy"]  # at the first step the rewards are 0 but for rounding
         assert x == pytest.approx(y, rel=1e-3, abs=1e-4)
+
+
+def torchrun(ranks, *words, **settings):
+    where = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks))
+    return start([sys.executable, *where, *words] if words else command(*where, **settings))
+
+
+def ranks_of(launcher):
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    return [int(pid) for pid in children.read_text().split()] if children.is_file() else []
+
+
+def goes_on_after_a_killed_rank(out, ranks, **settings):
+    """Kill the last of two ranks while the policy trains, then go on with `ranks`, interrupted once more."""
+    child = torchrun(2, output_dir=out, save_steps=1, **settings)
+    wait_for("policy", out, child)
+    os.kill(ranks_of(child)[-1], signal.SIGKILL)
+    started = time.monotonic()
+    told = child.communicate()[0]
+    assert child.returncode and time.monotonic() - started < 20 and "SIGKILL" in told, told
+    for turn, world in enumerate(ranks):
+        since = (out / "checkpoint" / "state.safetensors").stat().st_mtime_ns
+        child = torchrun(world, output_dir=out, save_steps=1, **settings)
+        if turn < len(ranks) - 1:
+            wait_for("policy", out, child, since)
+            os.kill(ranks_of(child)[0], signal.SIGTERM)
+        told = child.communicate()[0]
+        assert "policy: going on from step" in told, told
+    assert child.returncode == 0, told
+
+
+SMALL = {"limit": 60, "sft_epochs": 0, "filter_ratio": 0.5, "lr": 1e-5, "epochs": 6, "batch_size": 4}
+
+
+@slow
+def test_a_killed_rank_stops_all_and_another_number_of_ranks_goes_on(tmp_path):
+    goes_on_after_a_killed_rank(tmp_path / "run", (1, 3), **SMALL)
+    whole = run(tmp_path / "whole", **SMALL)
+    a, b = weights(tmp_path / "run"), weights(whole)
+    assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [line["step"] for line in metrics(whole)]
+
+
+@slow
+def test_two_ranks_one_of_them_killed_end_with_the_same_bits(tmp_path):
+    goes_on_after_a_killed_rank(tmp_path / "run", (2, 2), **SMALL)
+    child = torchrun(2, output_dir=tmp_path / "whole", **SMALL)
+    assert child.communicate() and child.returncode == 0
+    assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_one_ranks_error_ends_all_ranks(tmp_path):
+    """The second rank does not find the data: it stands in another folder, as on another machine."""
+    (tmp_path / "pairs.jsonl").write_text(
+        Path(write(tmp_path / "p.jsonl", [chat("a", "b", "c")] * 40)).read_text()
+    )
+    script = tmp_path / "launch.py"
+    script.write_text(f"""import os, runpy, sys
+os.chdir({str(tmp_path)!r} if os.environ["RANK"] == "0" else "/")
+sys.path.insert(0, {str(Path(train.__file__).parent)!r})
+sys.argv[1:] = ["--data", "pairs.jsonl", "--batch_size", "4", "--output_dir", {str(tmp_path / "run")!r}]
+runpy.run_module("train", run_name="__main__")
+""")
+    started = time.monotonic()
+    child = torchrun(2, str(script))
+    told = child.communicate()[0]
+    assert child.returncode and "train.py: error: pairs.jsonl: no such file" in told, told
+    assert time.monotonic() - started < 60 and not (tmp_path / "run").exists()
 
 
 def test_plans_and_draws_are_functions_of_seed_and_epoch_alone():
@@ -1211,6 +1454,55 @@ def test_damaged_state_is_noticed_and_made_again(whole_run, tmp_path, capsys):
     assert (out / "margins.safetensors").read_bytes() == (whole_run / "margins.safetensors").read_bytes()
 
 
+def test_damaged_models_are_made_again_and_never_used(whole_run, tmp_path, capsys):
+    out = shutil.copytree(whole_run, tmp_path / "run")
+    flip_a_byte(out / "sft" / "model.safetensors")
+    (out / "proxy" / lm.CHECKSUMS).unlink()
+    (out / "policy" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="sft: model.safetensors is not as it was written"):
+        run(tmp_path / "other", proxy=str(out))
+    with pytest.raises(ValueError, match="policy: model.safetensors is not as it was written"):
+        lm.load_model(out / "policy")
+    run(out)
+    told = capsys.readouterr().out
+    for stage in ("sft", "proxy", "policy"):
+        assert f"{stage} is damaged" in told and equal(weights(out, stage), weights(whole_run, stage))
+    assert metrics(out) == metrics(whole_run)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"settings": 3}', "[" * 100_000])
+def test_a_damaged_config_is_refused_by_name(content, whole_run, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.json").write_text(content)
+    for settings in ({"out": out}, {"out": tmp_path / "other", "proxy": str(out)}):
+        with pytest.raises(ValueError, match="run/config.json"):
+            run(**settings)
+    assert not (tmp_path / "other").exists() and (out / "config.json").read_text() == content
+
+
+def test_a_damaged_log_or_checkpoint_header_is_not_built_on(whole_run, tmp_path, capsys):
+    out = tmp_path / "run"
+    stop_at("policy", signal.SIGTERM, out)
+    state = out / "checkpoint" / "state.safetensors"
+    saved, step = state.read_bytes(), load_tensors_step(state)
+    header = re.sub(rb'(\\"step\\": )\d', rb"\g<1>9", saved[:50_000])
+    assert header != saved[:50_000]
+    state.write_bytes(header + saved[50_000:])
+    assert train.load_tensors(state) == ({}, {}) and "checksum is wrong" in capsys.readouterr().out
+    state.write_bytes(saved)
+    log = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert len(log) == step
+    (out / "metrics.jsonl").write_text("".join(["{", *log]))
+    run(out, save_steps=1)
+    assert "metrics.jsonl is damaged behind step 0: policy starts again" in capsys.readouterr().out
+    assert equal(weights(out), weights(whole_run)) and metrics(out) == metrics(whole_run)
+
+
+def load_tensors_step(state):
+    return train.load_tensors(state)[1]["step"]
+
+
 def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_when_there_is_space(whole_run, tmp_path):
     import resource
 
@@ -1227,6 +1519,11 @@ def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_when_there_is_space
         "checkpoint",
     }
     assert equal(weights(run(tmp_path / "run")), weights(whole_run))
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_before_training():
+    with pytest.raises(OSError, match="/dev/null/run"):
+        run("/dev/null/run")
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_pairs(tmp_path):
@@ -1614,7 +1911,7 @@ def test_report_of_a_run(runs, capsys):
     models = {"base": lm.builtin_model(0), "RMO": lm.load_model(runs[0] / "policy")}
     margins = {}
     for label, model in models.items():
-        scores = lm.score_pairs(model, data.scoring_batches(pairs, 512, False), len(pairs))
+        scores = lm.score_pairs(model, data.scoring_batches(pairs, 512, False), [p.source for p in pairs])
         margins[label] = scores[:, 0] - scores[:, 1]
         assert report[label]["mean"] == pytest.approx(margins[label].mean().item(), abs=1e-3)
         assert report[label]["accuracy %"] == pytest.approx(100 * (margins[label] > 0).float().mean().item())
@@ -1679,7 +1976,7 @@ def test_local_judges(runs, tmp_path, chatty):
     row = evaluate.as_row(prompt, *pair, tokenizer)
     pairs = data.tokenize_preferences([row], tokenizer)[0]
     for model in (lm.load_model(runs[0] / "policy"), lm.builtin_model(0)):
-        rewards.append(lm.score_pairs(model, data.scoring_batches(pairs, 512, False), 1)[0])
+        rewards.append(lm.score_pairs(model, data.scoring_batches(pairs, 512, False), [""])[0])
     first, second = (rewards[0] - rewards[1]).tolist()
     assert found == (1.0 if first > second else 2.0)
 

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import platform
+import resource
 import shutil
 import signal
 import sys
@@ -129,7 +130,7 @@ class Settings:
     lora_rank: int = flag(
         0, "LoRA of this rank on all linear layers but the head (authors: 8), 0 = all weights"
     )
-    gradient_checkpointing: bool = flag(False, "less memory for a third more time")
+    gradient_checkpointing: bool = flag(False, "keep no activations: less memory, a third more time")
     micro_batch_tokens: int | None = flag(
         None, "tokens in a forward pass (default: CUDA 16384, CPU 512, built-in 2048)"
     )
@@ -200,13 +201,20 @@ def rmo(s: Settings, device: torch.device) -> None:
         """s(y+) and s(y-) of every pair, sums or means over tokens as the objective has it."""
         with timed(clock, "scoring"):
             batches = data.scoring_batches(pairs, s.micro_batch_tokens, run.shared, *rank_and_world())
-            sums = lm.score_pairs(model, batches, len(pairs), f"{side} scores")
+            sums = lm.score_pairs(model, batches, [pair.source for pair in pairs], f"{side} scores")
         chosen, rejected = (sums / lengths if per_token else sums).unbind(1)
         return {f"{side}_chosen": chosen, f"{side}_rejected": rejected}
 
+    def damaged(stage: str) -> str:
+        return lm.damage(out / stage) if (out / stage).exists() else ""
+
     def trained(stage: str, start: str | Path, *what: Any, log: Path | None = None) -> Path:
-        """The folder of this stage's model, trained from the model `start` unless it is there."""
-        if not (out / stage).exists():
+        """The folder of this stage's model, trained from the model `start` unless it is there, and whole."""
+        missing, wrong = not (out / stage).exists(), damaged(stage)
+        if wrong:
+            say(f"{out / stage} is damaged ({wrong}): not used, made again")
+        barrier()  # every rank has looked before one writes
+        if missing or wrong:
             with timed(clock, f"{stage} training"):
                 model = lm.load_model(start, s.seed).to(device)
                 if s.lora_rank and stage != "sft":
@@ -237,7 +245,7 @@ def rmo(s: Settings, device: torch.device) -> None:
     on_rank_0(lambda: save_tensors(out / "margins.safetensors", scores, run.identity))
     reference = torch.stack([scores["base_chosen"], scores["base_rejected"]], 1).to(device)  # [N, 2]
     loss_of = functools.partial(pair_loss, s, reference, lengths.to(device) if per_token else None)
-    if s.needs_proxy and "proxy_chosen" not in scores:
+    if s.needs_proxy and ("proxy_chosen" not in scores or damaged("proxy")):
         what = pairs, len(pairs), s.epochs, s.lr, random_plan("batches", len(pairs)), loss_of
         proxy = run.donor / "policy" if run.donor else trained("proxy", base, *what)
         scores |= score("proxy", lm.load_model(proxy, s.seed).to(device))
@@ -281,6 +289,8 @@ def rmo(s: Settings, device: torch.device) -> None:
     if s.lambda_reg:
         median = proxy_margins.double().quantile(0.5).item() if s.median is None else s.median
         alpha = proxy_margins.std(unbiased=False).item() if s.alpha is None else s.alpha
+        if alpha == 0:
+            raise ValueError("all proxy margins are equal, so Eq. 14 has no scale: give --alpha")
         say(f"amplification: lambda {s.lambda_reg:g}, median {median:.4g}, alpha {alpha:.4g}")
         amplify = functools.partial(
             objectives.margin_amplification, median=median, alpha=alpha, weight=s.lambda_reg
@@ -289,8 +299,8 @@ def rmo(s: Settings, device: torch.device) -> None:
     log = out / "metrics.jsonl"
     trained("policy", base, pairs, len(kept), s.epochs, s.lr, plan, loss_of, log=log)
     on_rank_0(lambda: shutil.rmtree(out / "checkpoint", ignore_errors=True))
-    seconds = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in clock.items())
-    say(f"done: {out / 'policy'}. Seconds: {seconds}")
+    say(f"done: {out / 'policy'}")
+    on_rank_0(lambda: report_speed(log, clock, run, kept, bool(s.lora_rank), device))
     evaluate.report_run(out, device)
 
 
@@ -358,13 +368,14 @@ def fit(
     """
     (rank, world), device, out = rank_and_world(), next(model.parameters()).device, Path(s.output_dir)
     model.train()  # dropout is 0 all the same; gradient checkpointing wants it
-    if s.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    lm.checkpoint_activations(model, s.gradient_checkpointing)
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.0, fused=True)
-    step, running, batches = load_state(out, stage, weights, optimizer)
-    if log:
-        on_rank_0(lambda: cut_log(log, step))
+    lines = read_log(log) if log else None
+    step, running, batches = load_state(out, stage, weights, optimizer, lines)
+    barrier()  # every rank has read the log before one cuts it
+    if log:  # steps that the checkpoint does not know will be done again
+        on_rank_0(lambda: lm.write_atomically(log, lambda path: path.write_text("".join(lines[:step]))))
     parallel = DistributedDataParallel(model) if world > 1 else model
     batch_level = stage != "sft" and s.objective in objectives.BATCH_LEVEL
     steps_per_epoch = count // s.batch_size
@@ -387,7 +398,7 @@ def fit(
             if batch_level:  # costs one more forward pass, over the whole batch
                 everyone = [pairs[i] for i in rows]
                 parts = data.scoring_batches(everyone, s.micro_batch_tokens, shared, rank, world)
-                scores = lm.score_pairs(model, parts, len(rows)).to(device)
+                scores = lm.score_pairs(model, parts, [pair.source for pair in everyone]).to(device)
                 whole = scores, torch.tensor(rows, device=device)
 
             # Every rank takes its share; DDP needs them all, so one without pairs takes a pair of weight 0.
@@ -461,6 +472,7 @@ class Run(NamedTuple):
     identity: dict[str, str]
     donor: Path | None
     shared: bool
+    product_weights: tuple[int, int]
 
 
 def prepare(s: Settings, device: torch.device) -> Run:
@@ -499,7 +511,7 @@ def prepare(s: Settings, device: torch.device) -> Run:
         say(f"--- {pair.source}, supervised between >>> and <<<\n{prompt}")
         say(f"  chosen   >>>{chosen}<<<\n  rejected >>>{rejected}<<<")
     truths = [rows[pair.row]["truth"] for pair in pairs] if s.data == BUILTIN else []
-    return Run(tokenizer, pairs, sft_pairs, truths, identity, donor, shared)
+    return Run(tokenizer, pairs, sft_pairs, truths, identity, donor, shared, lm.product_weights(model))
 
 
 def open_donor(s: Settings, identity: dict[str, str]) -> Path | None:
@@ -509,7 +521,7 @@ def open_donor(s: Settings, identity: dict[str, str]) -> Path | None:
     donor = Path(s.proxy)
     if not (donor / "config.json").is_file():
         raise ValueError(f"--proxy {donor}: no run of train.py (no config.json)")
-    theirs = json.loads((donor / "config.json").read_text())
+    theirs = lm.read_config(donor)
     ours = identity | {key: getattr(s, key) for key in ("sft_epochs", "sft_lr")[: 2 if s.sft_epochs else 1]}
     for key, value in ours.items():
         other = (theirs["settings"] | theirs).get(key)  # a fingerprint says more than the flag of its name
@@ -531,12 +543,8 @@ def open_run(s: Settings, identity: dict[str, str]) -> None:
     versions = {"python": platform.python_version()} | {key: m.__version__ for key, m in modules.items()}
     config = {"settings": settings, "versions": versions} | identity
     if (out / "config.json").is_file():
-        theirs = json.loads((out / "config.json").read_text())
-        free = (
-            "save_steps",
-            "output_dir",
-            "micro_batch_tokens",
-        )  # may change: the result does not, but for rounding
+        theirs = lm.read_config(out)
+        free = "save_steps", "output_dir", "micro_batch_tokens"  # the result is the same, but for rounding
         ours = {key: value for key, value in (settings | identity).items() if key not in free}
         there = {key: (theirs["settings"] | theirs).get(key) for key in ours}
         changed = [
@@ -556,7 +564,7 @@ def open_run(s: Settings, identity: dict[str, str]) -> None:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(about | {"checksum": checksum(tensors)}, sort_keys=True)
+    text = json.dumps(about | {"checksum": checksum(tensors, about)}, sort_keys=True)
     lm.write_atomically(path, lambda unfinished: save_file(tensors, unfinished, metadata={"about": text}))
 
 
@@ -568,7 +576,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             about = json.loads(file.metadata()["about"])
-        if about.pop("checksum") != checksum(tensors):
+        if about.pop("checksum") != checksum(tensors, about):
             raise ValueError("its checksum is wrong")
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         say(f"{path} is damaged ({error}): not used, made again")
@@ -576,8 +584,11 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, about
 
 
-def checksum(tensors: dict[str, Tensor]) -> int:
-    return functools.reduce(lambda crc, name: zlib.crc32(tensors[name].numpy(), crc), sorted(tensors), 0)
+def checksum(tensors: dict[str, Tensor], about: dict[str, Any]) -> int:
+    crc = zlib.crc32(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(tensor.numpy(), zlib.crc32(f"{name} {tuple(tensor.shape)}".encode(), crc))
+    return crc
 
 
 def load_scores(run: Path, identity: dict[str, str]) -> dict[str, Tensor]:
@@ -608,13 +619,21 @@ def save_state(
 
 
 def load_state(
-    out: Path, stage: str, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer
+    out: Path,
+    stage: str,
+    weights: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    lines: list[str] | None,
 ) -> tuple[int, float, Tensor | None]:
-    """(steps done, running mean, the epoch's batches), weights and moments set; (0, 0, None) at the start."""
+    """(steps done, running mean, the epoch's batches), weights and moments set; (0, 0, None) at the start.
+    lines: of the stage's log, if it keeps one."""
     tensors, about = load_tensors(out / "checkpoint" / "state.safetensors")
     if about.get("stage") != stage:  # none, or of a stage that is finished
         return 0, 0.0, None
     step = about["step"]
+    if lines is not None and len(lines) < step:
+        say(f"{out / 'metrics.jsonl'} is damaged behind step {len(lines)}: {stage} starts again from step 0")
+        return 0, 0.0, None
     for name, weight in weights.items():
         weight.data.copy_(tensors[f"weight {name}"])
         if f"exp_avg {name}" in tensors:
@@ -624,12 +643,17 @@ def load_state(
     return step, about["running"], tensors["batches"]
 
 
-def cut_log(log: Path, step: int) -> None:
-    """Drop the lines of steps that the checkpoint does not know: they will be done again."""
-    if log.is_file():
-        lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        lines = [line for line in lines if json.loads(line)["step"] <= step]
-        lm.write_atomically(log, lambda path: path.write_text("".join(lines)))
+def read_log(log: Path) -> list[str]:
+    """The lines of metrics.jsonl, up to the first that is not whole or not the next step's."""
+    lines: list[str] = []
+    for line in log.read_text(errors="replace").splitlines(keepends=True) if log.is_file() else []:
+        try:
+            if not line.endswith("\n") or json.loads(line)["step"] != len(lines) + 1:
+                break
+        except (ValueError, LookupError, TypeError):
+            break
+        lines.append(line)
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------- reports
@@ -674,6 +698,32 @@ def report_batches(epoch: int, margins: Tensor, batches: Tensor) -> None:
     say(
         f"epoch {epoch + 1}: {n} batches with {shares[0]:.3%} of the largest possible margin variance "
         f"(random ones: {shares[1]:.1%}); {len(margins) - n * m} pairs sit out"
+    )
+
+
+def report_speed(
+    log: Path, clock: Counter, run: Run, kept: Tensor, frozen: bool, device: torch.device
+) -> None:
+    """Say where the time of this start went, and how fast the policy was trained, over all starts."""
+    total = sum(clock.values())
+    parts = (f"{stage} {seconds:.0f} ({seconds / total:.0%})" for stage, seconds in clock.items())
+    say(f"seconds: {', '.join(parts)}")
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:  # in KiB, but in bytes on macOS
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if not (lines := [json.loads(line) for line in read_log(log)]):
+        return
+    tokens, pairs, seconds = (sum(line[key] for line in lines) for key in ("tokens", "pairs", "seconds"))
+    trained = [run.pairs[i] for i in kept.tolist()]
+    responses = sum(len(p.chosen) + len(p.rejected) for p in trained) / sum(p.size for p in trained)
+    body, head = run.product_weights
+    flops = (4 if frozen else 6) * tokens * (body + head * responses) / seconds / rank_and_world()[1]
+    possible = lm.product_speed(device)
+    say(
+        f"policy training: {pairs / seconds:.3g} pairs/s, {tokens / seconds:,.0f} tokens/s (a prompt counted "
+        f"once), peak memory {peak / 2**30:.2f} GiB on rank 0, model FLOP utilisation {flops / possible:.0%} "
+        f"of the {possible / 1e9:,.0f} GFLOP/s of a plain matrix product"
     )
 
 
