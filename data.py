@@ -422,9 +422,8 @@ def collate(pairs: list[Pair], shared_prompt: bool = True) -> dict[str, Tensor]:
     lengths = [len(prompt) + sum(len(response) for _, response in sides) for prompt, sides in rows]
     input_ids, position_ids = torch.zeros(2, len(rows), max(lengths), dtype=torch.long)
     keep = torch.zeros(len(rows), max(lengths), dtype=torch.bool)
-    mask = (
-        torch.ones(max(lengths), max(lengths), dtype=torch.bool).tril().repeat(len(rows), 1, 1, 1)
-    )  # causal
+    causal = torch.ones(max(lengths), max(lengths), dtype=torch.bool).tril()
+    mask = causal.repeat(len(rows), 1, 1, 1)  # [R, 1, T, T]
     predictor, target, owner, kept = [], [], [], 0
     for r, (prompt, sides) in enumerate(rows):
         start = len(prompt)
@@ -432,10 +431,8 @@ def collate(pairs: list[Pair], shared_prompt: bool = True) -> dict[str, Tensor]:
         keep[r, start - 1] = True
         prompt_last, kept = kept, kept + 1
         for side, response in sides:
-            end, inner = (
-                start + len(response),
-                len(response) - 1,
-            )  # its tokens but the last each predict the next one
+            end = start + len(response)
+            inner = len(response) - 1  # its tokens but the last each predict the next one
             input_ids[r, start:end] = torch.tensor(response)
             position_ids[r, start:end] = torch.arange(len(prompt), len(prompt) + len(response))
             mask[r, 0, start:, len(prompt) : start] = False  # rejected never sees chosen

@@ -665,9 +665,8 @@ def read_lines(path: Path) -> list[Any]:
 def append_line(path: Path, *values: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(
-            "\n" + json.dumps(values)
-        )  # the newline comes first: it ends a line that a crash cut short
+        # the newline comes first: it ends a line that a crash cut short
+        file.write("\n" + json.dumps(values))
 
 
 # ---------------------------------------------------------------------------------------------------- figures

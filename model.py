@@ -82,9 +82,7 @@ def _from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
         raise ValueError(f"{name}: {wrong}. Make it again; or, if you changed it, delete its {CHECKSUMS}")
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **options)
-    except (
-        Exception
-    ) as error:  # missing or damaged files, no network, an architecture that is not a causal LM, ...
+    except Exception as error:  # missing or damaged files, no network, no causal LM, ...
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{name}: cannot be loaded as a causal language model ({type(error).__name__}: {reason})"
@@ -289,9 +287,8 @@ def fast_products() -> bool:
     os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
-    exact = bool(
-        ((a @ b).double() - a.double() @ b.double()).abs().max() < 1e-3
-    )  # bf16 would be off by 0.1, float32 by 1e-5
+    error = ((a @ b).double() - a.double() @ b.double()).abs().max().item()
+    exact = error < 1e-3  # bf16 would be off by 0.1, float32 by 1e-5
     torch.backends.mkldnn.matmul.fp32_precision = "bf16" if exact else "ieee"
     return exact
 
@@ -311,10 +308,13 @@ def checkpoint_activations(model: nn.Module, full: bool) -> None:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, products)
     if full or "context_fn" in options:
         model.activation_checkpointing_enable(options)
+
+    def when_backward_arrives(module: nn.Module, args: Any, output: Tensor) -> None:
+        if output.requires_grad:  # not under LoRA
+            output.register_hook(return_freed_memory)
+
     if "context_fn" in options:  # the embedding's gradient, the largest, comes when activations are gone
-        model.get_input_embeddings().register_forward_hook(
-            lambda module, args, out: out.requires_grad and out.register_hook(return_freed_memory) and None
-        )
+        model.get_input_embeddings().register_forward_hook(when_backward_arrives)
 
 
 def return_freed_memory(*_: Any) -> None:

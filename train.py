@@ -692,7 +692,7 @@ def report_batches(epoch: int, margins: Tensor, batches: Tensor) -> None:
     """Say how much of the largest possible margin variance the batches have, and random ones (Table 3)."""
     n, m = batches.shape
     seated = margins[batches.flatten()]
-    bound = variance_bound(seated, m)
+    bound = variance_bound(seated, m).clamp(min=1e-30)  # all margins may be equal
     others = random_batches(seated, m, generator("random batches to compare with", epoch))
     shares = [(total_variance(*split) / bound).item() for split in ((margins, batches), (seated, others))]
     say(
