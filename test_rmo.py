@@ -766,7 +766,7 @@ def hostile_rows():
     prompt = st.one_of(text, text.map(lambda t: [{"role": "user", "content": t}]), talk, wrong)
     both = {"chosen": answer, "rejected": answer}
     row = st.fixed_dictionaries(both, optional={"prompt": prompt, "extra": wrong})
-    whole = text.filter(lambda t: "\ud83d" not in t)
+    whole = text.filter(lambda t: t.strip() and "\ud83d" not in t)
     strings = st.fixed_dictionaries({"prompt": whole, "chosen": whole, "rejected": whole})
     pairs = st.lists(strings, min_size=1, max_size=3)
     return st.one_of(pairs, pairs, st.lists(st.one_of(strings, row, wrong), min_size=1, max_size=3))
@@ -779,7 +779,7 @@ def test_hostile_files_are_refused_or_kept_to_the_letter(tokenizer, tmp_path_fac
     folder, ends, seen = tmp_path_factory.mktemp("hostile"), {tokenizer.eos_token_id}, Counter()
     controls = set(tokenizer.all_special_ids)
 
-    @hypothesis.settings(max_examples=300, deadline=None, derandomize=True, database=None)
+    @hypothesis.settings(max_examples=250, deadline=None, derandomize=True, database=None)
     @hypothesis.given(
         hostile_rows(),
         st.booleans(),
@@ -825,7 +825,7 @@ def test_hostile_files_are_refused_or_kept_to_the_letter(tokenizer, tmp_path_fac
                     seen["kept to the letter"] += 1
 
     check()
-    assert seen["refused"] > 60 and seen["kept to the letter"] > 60, seen
+    assert seen["refused"] > 50 and seen["kept to the letter"] > 50, seen
 
 
 def test_a_megabyte_in_one_response_is_read_and_truncated_quickly(tokenizer, tmp_path):
@@ -1524,8 +1524,8 @@ def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_when_there_is_space
 def test_equal_margins_give_an_error_or_a_result_and_no_nan(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lm, "score_pairs", lambda model, batches, names, label="": torch.ones(len(names), 2))
     with pytest.raises(ValueError, match="all proxy margins are equal"):
-        run(tmp_path / "run", sft_epochs=0, limit=40)
-    lines = metrics(run(tmp_path / "with alpha", sft_epochs=0, limit=40, alpha=5.0))
+        run(tmp_path / "run", sft_epochs=0, limit=20, batch_size=8)
+    lines = metrics(run(tmp_path / "with alpha", sft_epochs=0, limit=20, batch_size=8, alpha=5.0))
     assert lines and all(math.isfinite(value) for line in lines for value in line.values())
     assert "nan" not in capsys.readouterr().out.lower()
 
