@@ -362,9 +362,11 @@ def ask_truth(items: list[Item]) -> list[float]:
 @torch.no_grad()
 def ask_reward_model(items: list[Item], folder: str, device: Any) -> list[float]:
     """By a sequence classifier with one label, of the templated chat or of prompt and response as texts."""
-    tokenizer, weights = lm.load_tokenizer(folder), {"dtype": torch.float32, "use_safetensors": True}
+    tokenizer = lm.load_tokenizer(folder)
     try:
-        model = RewardModel.from_pretrained(folder, trust_remote_code=False, **weights)
+        model = RewardModel.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
         if model.config.num_labels != 1 or "SequenceClassification" not in str(model.config.architectures):
             raise ValueError(f"{model.config.architectures} is no sequence classifier with one label")
         model.to(device).eval()
@@ -547,18 +549,16 @@ def report_run(folder: Path, device: Any) -> dict[str, dict[str, float]]:
             draw = s["seed"] if baseline is None else s["seed"] + 1  # independent of the starting model's
             texts = generate(model, tokenizer, [*prompts] * SAMPLES, 64, 1.0, 1.0, draw, batch_size=256)
             found = [(data.true_reward(p, t), len(t)) for p, t in zip([*prompts.values()] * SAMPLES, texts)]
-            found = torch.tensor(found, dtype=torch.float64).view(SAMPLES, -1, 2)  # [samples, prompts, 2]
-            report[label]["true reward"] = found[..., 0].mean().item()
-            baseline = found if baseline is None else baseline
-            if baseline is not found:
-                both = torch.broadcast_tensors(baseline[:, None], found[None])  # each with each, [S, S, P, 2]
-                wins = prefer(both[0][..., 0], both[1][..., 0])
-                values = win_rate(wins.mean((0, 1)).tolist())
-                report[label] |= dict(zip(("win rate %", "win rate error"), values))
-                sizes = (side[..., 1].flatten().tolist() for side in both[::-1])
-                report[label]["LC win rate %"] = length_controlled_win_rate(wins.flatten().tolist(), *sizes)[
-                    0
-                ]
+            rewards, sizes = torch.tensor(found, dtype=torch.float64).view(SAMPLES, -1, 2).unbind(2)  # [S, P]
+            report[label]["true reward"] = rewards.mean().item()
+            if baseline is None:
+                baseline = rewards, sizes
+                continue
+            wins = prefer(baseline[0][:, None], rewards)  # each sample with each, [S, S, P]
+            values = win_rate(wins.mean((0, 1)).tolist())
+            report[label] |= dict(zip(("win rate %", "win rate error"), values))
+            lengths = (side.expand_as(wins).flatten().tolist() for side in (sizes, baseline[1][:, None]))
+            report[label]["LC win rate %"], _ = length_controlled_win_rate(wins.flatten().tolist(), *lengths)
     if first:
         print(f"{folder}: {len(pairs)} held-out pairs, margins in nats, wins against {next(iter(models))}")
         print(markdown([{"model": label} | row for label, row in report.items()]))

@@ -78,7 +78,8 @@ def _from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
         raise ValueError(
             f"{name}: no model folder (no config.json in it); give what save_pretrained wrote, or a hub id"
         )
-    if (Path(name) / CHECKSUMS).is_file() and (wrong := damage(Path(name))):
+    whole = kind is AutoModelForCausalLM  # its weights are read once, not for config and tokenizer too
+    if (Path(name) / CHECKSUMS).is_file() and (wrong := damage(Path(name), whole)):
         raise ValueError(f"{name}: {wrong}. Make it again; or, if you changed it, delete its {CHECKSUMS}")
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **options)
@@ -200,11 +201,12 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     os.replace(unfinished, folder)
 
 
-def damage(folder: Path) -> str:
-    """What is wrong with a folder that save_model wrote; nothing: ""."""
+def damage(folder: Path, weights: bool = True) -> str:
+    """What is wrong with a folder that save_model wrote; nothing: "". weights: look at these files too."""
     try:
         sums = read_json(folder / CHECKSUMS)
-        wrong = [name for name, value in sums.items() if checksum(folder / name) != value]
+        names = [name for name in sums if weights or not name.endswith(".safetensors")]
+        wrong = [name for name in names if checksum(folder / name) != sums[name]]
     except (OSError, ValueError, AttributeError) as error:
         return f"it is not whole ({error})"
     return f"{wrong[0]} is not as it was written" if wrong else ""
@@ -300,21 +302,25 @@ def checkpoint_activations(model: nn.Module, full: bool) -> None:
     and attention gave and compute the rest, norms and elementwise work, again: under half of the memory, for
     a few percent. Tiny models, which have no memory to save, are left as they are.
     """
-    aten, options = torch.ops.aten, {"use_reentrant": False, "preserve_rng_state": False}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if full:
+        model.activation_checkpointing_enable(options)
+        return
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if not (on_cpu and model.supports_gradient_checkpointing and model.num_parameters() > 10**7):
+        return
+    aten = torch.ops.aten
     products = [aten.mm.default, aten.addmm.default, aten.bmm.default]
     products += [aten._scaled_dot_product_flash_attention_for_cpu.default]
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    if not full and on_cpu and model.supports_gradient_checkpointing and model.num_parameters() > 10**7:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, products)
-    if full or "context_fn" in options:
-        model.activation_checkpointing_enable(options)
+    options["context_fn"] = partial(create_selective_checkpoint_contexts, products)
+    model.activation_checkpointing_enable(options)
 
     def when_backward_arrives(module: nn.Module, args: Any, output: Tensor) -> None:
         if output.requires_grad:  # not under LoRA
             output.register_hook(return_freed_memory)
 
-    if "context_fn" in options:  # the embedding's gradient, the largest, comes when activations are gone
-        model.get_input_embeddings().register_forward_hook(when_backward_arrives)
+    # the embedding's gradient, the largest, comes when the activations are gone
+    model.get_input_embeddings().register_forward_hook(when_backward_arrives)
 
 
 def return_freed_memory(*_: Any) -> None:

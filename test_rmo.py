@@ -1298,8 +1298,9 @@ def torchrun(ranks, *words, **settings):
 
 
 def ranks_of(launcher):
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
-    return [int(pid) for pid in children.read_text().split()] if children.is_file() else []
+    return [
+        int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    ]
 
 
 def goes_on_after_a_killed_rank(out, ranks, **settings):
@@ -1344,9 +1345,7 @@ def test_two_ranks_one_of_them_killed_end_with_the_same_bits(tmp_path):
 
 def test_one_ranks_error_ends_all_ranks(tmp_path):
     """The second rank does not find the data: it stands in another folder, as on another machine."""
-    (tmp_path / "pairs.jsonl").write_text(
-        Path(write(tmp_path / "p.jsonl", [chat("a", "b", "c")] * 40)).read_text()
-    )
+    write(tmp_path / "pairs.jsonl", [chat("a", "b", "c")] * 40)
     script = tmp_path / "launch.py"
     script.write_text(f"""import os, runpy, sys
 os.chdir({str(tmp_path)!r} if os.environ["RANK"] == "0" else "/")
@@ -1471,7 +1470,7 @@ def test_damaged_models_are_made_again_and_never_used(whole_run, tmp_path, capsy
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"settings": 3}', "[" * 100_000])
-def test_a_damaged_config_is_refused_by_name(content, whole_run, tmp_path):
+def test_a_damaged_config_is_refused_by_name(content, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     (out / "config.json").write_text(content)
@@ -1485,7 +1484,7 @@ def test_a_damaged_log_or_checkpoint_header_is_not_built_on(whole_run, tmp_path,
     out = tmp_path / "run"
     stop_at("policy", signal.SIGTERM, out)
     state = out / "checkpoint" / "state.safetensors"
-    saved, step = state.read_bytes(), load_tensors_step(state)
+    saved, step = state.read_bytes(), train.load_tensors(state)[1]["step"]
     header = re.sub(rb'(\\"step\\": )\d', rb"\g<1>9", saved[:50_000])
     assert header != saved[:50_000]
     state.write_bytes(header + saved[50_000:])
@@ -1497,10 +1496,6 @@ def test_a_damaged_log_or_checkpoint_header_is_not_built_on(whole_run, tmp_path,
     run(out, save_steps=1)
     assert "metrics.jsonl is damaged behind step 0: policy starts again" in capsys.readouterr().out
     assert equal(weights(out), weights(whole_run)) and metrics(out) == metrics(whole_run)
-
-
-def load_tensors_step(state):
-    return train.load_tensors(state)[1]["step"]
 
 
 def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_when_there_is_space(whole_run, tmp_path):
