@@ -32,7 +32,7 @@ from contextlib import suppress
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import NormalDist, fmean, stdev
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -591,7 +591,9 @@ def table3(folder: Path) -> Row:
 
 def run_groups(folders: list[Path], device: Any) -> list[Row]:
     """Runs that differ by seed at most, together: {name, settings, differing: those that other runs have
-    otherwise, folders, results: the policy's, means with standard errors over seeds}."""
+    otherwise, folders, results: the policy's, means with standard errors over seeds; and the gains in win
+    rate, paired by seed, over the first plain runs given of the same objective, with half the width of their
+    95 % interval}."""
     settings, groups = {folder: open_run(folder)[0] for folder in folders}, {}
     free = {"seed", "output_dir", "proxy", "micro_batch_tokens", "save_steps"}
     keys = dict.fromkeys(key for s in settings.values() for key in s if key not in free)
@@ -601,22 +603,38 @@ def run_groups(folders: list[Path], device: Any) -> list[Row]:
         name = ", ".join(f"{key} {value}" for key, value in differing.items()) or folder.name
         new = {"name": name, "settings": s, "differing": differing, "folders": [], "results": {}}
         groups.setdefault(str(differing), new)["folders"].append(folder)
+    found: dict[Path, Row] = {}
+    for folder in folders:
+        if "report" not in remembered(folder):
+            report_run(folder, device)
+        known = remembered(folder)
+        found[folder] = dict([{}, *known.get("report", {}).values()][-1])
+        for judge, row in known.get("judged", {}).items():
+            found[folder] |= {f"{k[:2]} ({judge}){k[2:]}": row[k] for k in row if k[:3] in ("WR ", "LC ")}
+    pairing = {folder: (s["objective"], s["seed"]) for folder, s in settings.items()}
+    plain = {pairing[folder]: folder for folder in reversed(folders) if lm.is_plain(settings[folder])}
     for group in groups.values():
-        found = []
-        for folder in group["folders"]:
-            if "report" not in remembered(folder):
-                report_run(folder, device)
-            known = remembered(folder)
-            found.append([{}, *known.get("report", {}).values()][-1])
-            for judge, row in known.get("judged", {}).items():
-                found[-1] |= {
-                    f"{key[:2]} ({judge}){key[2:]}": row[key] for key in row if key[:3] in ("WR ", "LC ")
-                }
-        for key in dict.fromkeys(key for row in found for key in row if not key.endswith(" error")):
-            error, values = key.removesuffix(" %") + " error", [row[key] for row in found if key in row]
-            spread = stdev(values) / len(values) ** 0.5 if len(values) > 1 else found[0].get(error)
+        rows = [found[folder] for folder in group["folders"]]
+        for key in dict.fromkeys(key for row in rows for key in row if not key.endswith(" error")):
+            error, values = key.removesuffix(" %") + " error", [row[key] for row in rows if key in row]
+            spread = stdev(values) / len(values) ** 0.5 if len(values) > 1 else rows[0].get(error)
             group["results"] |= {key: fmean(values)} | ({} if spread is None else {error: spread})
+        for key in [key for key in group["results"] if re.match(r"(LC )?(win rate|WR|LC).*%$", key)]:
+            both = [(found[f], found.get(plain.get(pairing[f]), {})) for f in group["folders"]]
+            gains = [a[key] - b[key] for a, b in both if a is not b and key in a and key in b]
+            if len(gains) > 1:
+                name, half = f"{key.removesuffix(' %')} - vanilla", t975(len(gains) - 1) * stdev(gains)
+                group["results"] |= {name: fmean(gains), f"{name} error": half / len(gains) ** 0.5}
     return list(groups.values())
+
+
+def t975(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t: tabulated, from ten degrees of freedom on by its expansion at the
+    normal's (Abramowitz and Stegun, 26.7.5)."""
+    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+    z = NormalDist().inv_cdf(0.975)
+    series = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    return table[freedom - 1] if freedom < 10 else series
 
 
 def markdown(rows: list[Row]) -> str:
@@ -836,6 +854,8 @@ def run(args: argparse.Namespace) -> None:
         tables["runs"] = [name | g["differing"] | g["results"] for name, g in zip(names, groups)]
     for rows in tables.values():
         print(markdown(rows))
+    if any(len(group["folders"]) > 1 for group in groups):
+        print("± over seeds: standard error; of differences to vanilla, paired by seed: 95 % interval")
     if args.judge:
         print("LC: alpaca_eval's length_controlled_minimal without L1 penalty; ±: standard error")
     if args.json:

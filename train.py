@@ -12,9 +12,10 @@ on.
 Differs from the paper: 1) The reference of Eq. 4 is the base model, and the base margins (line 4) need its
 log-probabilities anyway: they are scored once and kept, no second model is loaded. 2) The median of Eq. 14
 ("compute global median", line 14) is that of the proxy's margins, a constant of the run, as the text says. 3)
-alpha defaults to the standard deviation of the proxy's margins. 4) Batches are made anew each epoch (line 9),
-by default from the proxy's margins, which costs nothing; `--batch_margins policy` scores the current policy
-as Algorithm 1 has it. 5) N = n m in the paper; here a random remainder sits out each epoch.
+tau, gamma, alpha and lambda default to the paper's values in standard deviations of the proxy's margins. 4)
+Batches are made anew each epoch (line 9), by default from the proxy's margins, which costs nothing;
+`--batch_margins policy` scores the current policy as Algorithm 1 has it. 5) N = n m in the paper; here a
+random remainder sits out each epoch.
 """
 
 import argparse
@@ -77,7 +78,7 @@ def flag(default: Any, help: str) -> Any:
 @dataclass
 class Settings:
     """Reward Margin Optimization. The flags may also stand in a .json or .yaml file: train.py
-    settings.yaml"""
+    settings.yaml. sd: the standard deviation of the proxy's margins."""
 
     model: str = flag(BUILTIN, "folder or hub id of a causal LM; 'built-in' makes a tiny one")
     data: str = flag(
@@ -93,25 +94,26 @@ class Settings:
     )
 
     objective: Objective = flag("dpo", "the loss that RMO is added to")
-    beta: float | None = flag(None, "temperature of the objective (default: 2 for simpo, else 0.1)")
+    beta: float | None = flag(
+        None,
+        "temperature of the objective (default: 2 for simpo, else 0.1; built-in 1 where scores are sums)",
+    )
     label_smoothing: float = flag(0.0, "dpo only: share of labels taken to be wrong, 0 to 0.5")
     simpo_gamma: float | None = flag(None, "simpo only: target reward margin (default: 1)")
 
-    filter_ratio: float | None = flag(
-        None, "share of pairs to remove, 0 = none (default: 0.06, built-in 0.25, or step 1's)"
-    )
-    tau: float | None = flag(None, "or Eq. 8's threshold on |proxy margin|, in nats")
-    gamma: float = flag(1.0, "Eq. 8: width of the soft threshold, in nats")
+    filter_ratio: float | None = flag(None, "share of pairs to remove, by a tau that does it; 0 = none")
+    tau: float | None = flag(None, "or Eq. 8's threshold on |proxy margin|, in nats (default: 0.1 sd)")
+    gamma: float | None = flag(None, "Eq. 8: width of the soft threshold, in nats (default: 0.01 sd)")
     batching: Literal["high", "random", "low"] = flag(
         "high", "margin variance in a batch; high is Algorithm 1"
     )
     batch_margins: Literal["proxy", "policy"] = flag(
         "proxy", "whose margins; policy scores all pairs each epoch"
     )
-    lambda_reg: float = flag(2.0, "Eq. 14: weight of Pairwise Margin Amplification, 0 = off")
-    alpha: float | None = flag(
-        None, "Eq. 14: scale in nats (default: standard deviation of the proxy margins)"
+    lambda_reg: float | None = flag(
+        None, "Eq. 14: weight of Pairwise Margin Amplification, 0 = off (default: 0.16 alpha beta)"
     )
+    alpha: float | None = flag(None, "Eq. 14: scale in nats (default: 1 sd)")
     median: float | None = flag(None, "Eq. 14: median in nats (default: that of the proxy margins)")
 
     sft_epochs: int | None = flag(
@@ -120,7 +122,7 @@ class Settings:
     sft_lr: float | None = flag(None, "peak learning rate of SFT (default: 3e-3 built-in, else 2e-5)")
     epochs: int = flag(3, "epochs of proxy and of policy training")
     batch_size: int = flag(16, "pairs in a global batch, over all ranks")
-    lr: float | None = flag(None, "peak learning rate (default: 5e-4 built-in, 5e-5 with LoRA, else 1e-6)")
+    lr: float | None = flag(None, "peak learning rate (default: 2e-4 built-in, 5e-5 with LoRA, else 1e-6)")
     warmup: float = flag(0.1, "share of the steps in which lr rises; then it falls to 0; both linearly")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
     max_length: int = flag(1024, "tokens of a prompt and one response; what is more is cut off")
@@ -141,10 +143,10 @@ class Settings:
         """Fill in the defaults that depend on other flags, and refuse what cannot be. Raises ValueError."""
         builtin = self.model == BUILTIN
         defaults = {
-            "beta": 2.0 if self.objective == "simpo" else 0.1,
+            "beta": 2.0 if self.objective == "simpo" else 1.0 if builtin and not self.per_token else 0.1,
             "sft_epochs": 15 if builtin else 0,
             "sft_lr": 3e-3 if builtin else 2e-5,
-            "lr": 5e-4 if builtin else 5e-5 if self.lora_rank else 1e-6,
+            "lr": 2e-4 if builtin else 5e-5 if self.lora_rank else 1e-6,
             "micro_batch_tokens": 16384 if torch.cuda.is_available() else 2048 if builtin else 512,
         }
         for wrong, why in (
@@ -179,12 +181,17 @@ class Settings:
                 raise ValueError(f"--{name} {value} is out of range: {low} to {high}")
 
     @property
+    def per_token(self) -> bool:
+        return self.objective in objectives.LENGTH_NORMALISED
+
+    @property
     def filtering(self) -> bool:
         return self.tau is not None or self.filter_ratio != 0
 
     @property
     def needs_proxy(self) -> bool:
-        amplify = self.lambda_reg > 0 and (self.alpha is None or self.median is None)
+        given = self.median is not None and self.alpha is not None
+        amplify = self.lambda_reg != 0 and not given
         return self.filtering or amplify or (self.batching != "random" and self.batch_margins == "proxy")
 
 
@@ -195,14 +202,13 @@ def rmo(s: Settings, device: torch.device) -> None:
         run = prepare(s, device)
     pairs, sft_pairs = run.pairs, run.sft_pairs
     lengths = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])  # [N, 2]
-    per_token = s.objective in objectives.LENGTH_NORMALISED
 
     def score(side: str, model: nn.Module) -> dict[str, Tensor]:
         """s(y+) and s(y-) of every pair, sums or means over tokens as the objective has it."""
         with timed(clock, "scoring"):
             batches = data.scoring_batches(pairs, s.micro_batch_tokens, run.shared, *rank_and_world())
             sums = lm.score_pairs(model, batches, [pair.source for pair in pairs], f"{side} scores")
-        chosen, rejected = (sums / lengths if per_token else sums).unbind(1)
+        chosen, rejected = (sums / lengths if s.per_token else sums).unbind(1)
         return {f"{side}_chosen": chosen, f"{side}_rejected": rejected}
 
     def damaged(stage: str) -> str:
@@ -244,7 +250,7 @@ def rmo(s: Settings, device: torch.device) -> None:
         scores |= dict(zip(("chosen_tokens", "rejected_tokens"), lengths.T))
     on_rank_0(lambda: save_tensors(out / "margins.safetensors", scores, run.identity))
     reference = torch.stack([scores["base_chosen"], scores["base_rejected"]], 1).to(device)  # [N, 2]
-    loss_of = functools.partial(pair_loss, s, reference, lengths.to(device) if per_token else None)
+    loss_of = functools.partial(pair_loss, s, reference, lengths.to(device) if s.per_token else None)
     if s.needs_proxy and ("proxy_chosen" not in scores or damaged("proxy")):
         what = pairs, len(pairs), s.epochs, s.lr, random_plan("batches", len(pairs)), loss_of
         proxy = run.donor / "policy" if run.donor else trained("proxy", base, *what)
@@ -253,23 +259,24 @@ def rmo(s: Settings, device: torch.device) -> None:
     base_margins = scores["base_chosen"] - scores["base_rejected"]  # [N], Eq. 1
     proxy_margins = scores["proxy_chosen"] - scores["proxy_rejected"] if s.needs_proxy else base_margins
 
+    # The paper's constants, tau 14, alpha 125 and lambda 2 at beta 0.1, are for margins with a standard
+    # deviation of about 142. Counted in it, as defaults, they fit other models, lengths and objectives too.
+    sd = proxy_margins.std(unbiased=False).item()
+    if s.needs_proxy and sd == 0:
+        raise ValueError("all proxy margins are equal: there is nothing to filter, batch or amplify by")
+
     # Lines 5 and 6: Dual Denoising Filtering
     kept = torch.arange(len(pairs))
     if s.filtering:
-        tau = s.tau
-        if tau is None:
-            step1 = margin_decrease(base_margins, proxy_margins).double().mean().item()
-            usual = 0.25 if s.model == BUILTIN else 0.06
-            ratio = max(usual, step1) if s.filter_ratio is None else s.filter_ratio
-            if ratio == step1:
-                say(f"filter: step 1 alone removes {step1:.2%}, so step 2 removes nothing")
+        tau, gamma = 0.1 * sd if s.tau is None else s.tau, 0.01 * sd if s.gamma is None else s.gamma
+        if s.filter_ratio:
             try:
-                tau = tau_for_ratio(base_margins, proxy_margins, ratio, s.gamma)
+                tau = tau_for_ratio(base_margins, proxy_margins, s.filter_ratio, gamma)
             except ValueError as error:
                 again = f"Nothing need be trained again: --proxy {run.donor or out} --output_dir ANOTHER"
                 raise ValueError(f"{error}. {again}") from None
-        kept = dual_denoising_filter(base_margins, proxy_margins, tau, s.gamma, generator(s.seed, "filter"))
-        on_rank_0(lambda: report_filter(out, s.gamma, base_margins, proxy_margins, kept, tau, run.truths))
+        kept = dual_denoising_filter(base_margins, proxy_margins, tau, gamma, generator(s.seed, "filter"))
+        on_rank_0(lambda: report_filter(out, gamma, base_margins, proxy_margins, kept, tau, run.truths))
     if len(kept) < s.batch_size:
         raise ValueError(f"the filter left {len(kept)} of {len(pairs)} pairs, not one batch: filter less")
 
@@ -286,14 +293,13 @@ def rmo(s: Settings, device: torch.device) -> None:
         return kept[batches]
 
     # Lines 11 to 17: training with Pairwise Margin Amplification
-    if s.lambda_reg:
+    if s.lambda_reg != 0:
         median = proxy_margins.double().quantile(0.5).item() if s.median is None else s.median
-        alpha = proxy_margins.std(unbiased=False).item() if s.alpha is None else s.alpha
-        if alpha == 0:
-            raise ValueError("all proxy margins are equal, so Eq. 14 has no scale: give --alpha")
-        say(f"amplification: lambda {s.lambda_reg:g}, median {median:.4g}, alpha {alpha:.4g}")
+        alpha = sd if s.alpha is None else s.alpha
+        weight = 0.16 * alpha * s.beta if s.lambda_reg is None else s.lambda_reg
+        say(f"amplification: lambda {weight:.4g}, median {median:.4g}, alpha {alpha:.4g}")
         amplify = functools.partial(
-            objectives.margin_amplification, median=median, alpha=alpha, weight=s.lambda_reg
+            objectives.margin_amplification, median=median, alpha=alpha, weight=weight
         )
         loss_of = functools.partial(loss_of, amplify=amplify)
     log = out / "metrics.jsonl"
@@ -477,7 +483,7 @@ class Run(NamedTuple):
 
 def prepare(s: Settings, device: torch.device) -> Run:
     """Read, check and describe everything, and only then make the run folder. Raises ValueError."""
-    if device.type == "cpu":
+    if device.type == "cpu" and s.model != BUILTIN:  # compiling a kernel a shape pays for large products only
         lm.fast_products()
     if s.model == BUILTIN:
         tokenizer = lm.builtin_tokenizer(data.builtin_texts())
