@@ -424,9 +424,10 @@ def open_judge(args: argparse.Namespace, device: Any, store: Path) -> tuple[str,
     return name, judge
 
 
-def judge_model(name: str, args: argparse.Namespace, device: Any) -> Row:
+def judge_model(name: str, args: argparse.Namespace, device: Any, agreed: dict[str, float]) -> Row:
     """Write a judge's preferences as AlpacaEval's annotations.json and return their win rates; and how often
-    the judge agrees with labels, where there are any (a draw agrees by half)."""
+    the judge agrees with labels, where there are any (a draw agrees by half). agreed: by labels, what is
+    known of that."""
     out = outputs_folder(name, args)
     (title, judge), sides = open_judge(args, device, out / "answers.jsonl"), []
     for path in (out / "reference_outputs.json", out / "model_outputs.json"):
@@ -460,14 +461,43 @@ def judge_model(name: str, args: argparse.Namespace, device: Any) -> Row:
     if rows := [row for row in rows if "drop" not in row]:
         sides = ((row["prompt"], row["rejected"], row["chosen"]) for row in rows)
         items = [(p, *(s if isinstance(s, str) else s["content"] for s in side)) for p, *side in sides]
-        right = [p and prefer(1.5, p) for p in judge(items)]
-        found |= {"judge right on labels %": win_rate(right)[0], "labels": len(rows)}
+        if (labels := repr(items)) not in agreed:
+            agreed[labels] = win_rate([p and prefer(1.5, p) for p in judge(items)])[0]
+        found |= {"judge right on labels %": agreed[labels], "labels": len(rows)}
     if is_run(name):
         remembered(Path(name), judged=remembered(Path(name)).get("judged", {}) | {title: found})
     return found
 
 
 # ------------------------------------------------------------------------------------------------------- runs
+
+
+def is_plain(settings: dict[str, Any]) -> bool:
+    """Whether a run with these settings is the plain objective on random batches, a proxy."""
+    unfiltered = settings["tau"] is None and settings["filter_ratio"] == 0
+    return unfiltered and settings["batching"] == "random" and settings["lambda_reg"] == 0
+
+
+def stage_folder(run: Path, stage: str) -> Path:
+    """The model of a stage ("sft", "proxy", "policy") of a run: its own, or that of the run it was given as
+    --proxy."""
+    while not (run / stage).is_dir():
+        settings = read_config(run)["settings"]
+        if not settings["proxy"]:
+            if stage == "proxy" and is_plain(settings):  # itself the proxy of runs that were given it
+                return run / "policy"
+            raise ValueError(f"{run} has no {stage}/")
+        run = Path(settings["proxy"])
+    return run / stage
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """config.json of a run. Raises ValueError if it is damaged."""
+    config = lm.read_json(run / "config.json")
+    settings = config.get("settings") if isinstance(config, dict) else None
+    if not isinstance(settings, dict) or "objective" not in settings:
+        raise ValueError(f"{run / 'config.json'}: no settings of a run: restore it, or delete {run}")
+    return config
 
 
 def is_run(name: str | Path) -> bool:
@@ -485,12 +515,12 @@ def open_run(name: str | Path, or_model: bool = False) -> tuple[Row, Any, dict[s
         raise ValueError(f"{folder}: no run (no config.json with settings in it); train.py makes them")
     if not (folder / "policy").is_dir():
         raise ValueError(f"{folder}: not finished (no policy/); start train.py again with the same command")
-    s = lm.read_config(folder)["settings"]
+    s = read_config(folder)["settings"]
     vanilla, policy = f"vanilla {s['objective'].upper()}", folder / "policy"
-    models = {"SFT": lm.stage_folder(folder, "sft")} if s["sft_epochs"] else {"base": s["model"]}
-    plain = lm.is_plain(s)
+    models = {"SFT": stage_folder(folder, "sft")} if s["sft_epochs"] else {"base": s["model"]}
+    plain = is_plain(s)
     if not plain and ((folder / "proxy").is_dir() or s["proxy"]):
-        models[vanilla] = lm.stage_folder(folder, "proxy")
+        models[vanilla] = stage_folder(folder, "proxy")
     return s, lm.load_tokenizer(policy), models | {vanilla if plain else "RMO": policy}
 
 
@@ -562,6 +592,9 @@ def report_run(folder: Path, device: Any) -> dict[str, dict[str, float]]:
     if first:
         print(f"{folder}: {len(pairs)} held-out pairs, margins in nats, wins against {next(iter(models))}")
         print(markdown([{"model": label} | row for label, row in report.items()]))
+        if (folder / "filter.json").is_file():
+            print("What the filter removed; longer: chosen than rejected, in tokens")
+            print(markdown([filter_row(folder)]))
         remembered(folder, report=report, margins=margins)
     return report
 
@@ -581,7 +614,7 @@ def batch_margins(folder: Path) -> dict[str, Tensor]:
 
 def table3(folder: Path) -> Row:
     """Mean variance of the margins in a batch, in nats squared, and its share of the largest possible."""
-    row = {"run": folder.name}
+    row = {}
     for name, margins in list(batch_margins(folder).items())[1:]:  # [n, m]
         row[name] = margins.double().var(1, unbiased=False).mean().item()
         bound = batching.variance_bound(margins.flatten(), margins.shape[1]).item() / len(margins)
@@ -589,11 +622,32 @@ def table3(folder: Path) -> Row:
     return row
 
 
-def run_groups(folders: list[Path], device: Any) -> list[Row]:
+def filter_row(folder: Path) -> Row:
+    """What the filter of a run removed and kept: shares of all pairs; by how many tokens chosen is longer
+    than rejected, on average, and how that goes with the base margin; on the built-in task, how many pairs
+    are mislabelled, their rejected response having the higher true reward."""
+    (s, tokenizer, _), scores = open_run(folder), load_file(folder / "margins.safetensors")
+    longer = (scores["chosen_tokens"] - scores["rejected_tokens"]).double()  # [N]
+    base, removed = scores["base_chosen"] - scores["base_rejected"], lm.read_json(folder / "filter.json", {})
+    by = torch.zeros(len(base), dtype=torch.long)
+    for step in (1, 2):
+        by[removed.get(f"removed_step{step}", [])] = step
+    row = {
+        "correlation of length and base margin": torch.corrcoef(torch.stack([longer, base.double()]))[0, 1]
+    }
+    if builtin := s["data"] == BUILTIN:
+        splits, rows, _ = data.load_splits(s, tokenizer)
+        wrong = torch.tensor([rows[pair.row]["truth"]["margin"] < 0.0 for pair in splits["train"]]).double()
+    kinds = ("all", by >= 0), ("step 1", by == 1), ("step 2", by == 2), ("kept", by == 0)
+    for name, mask in [(name, mask) for name, mask in kinds if mask.any()]:
+        row |= {f"{name} %": 100 * mask.double().mean(), f"{name}: longer by": longer[mask].mean()}
+        row |= {f"{name}: mislabelled %": 100 * wrong[mask].mean()} if builtin else {}
+    return {key: value.item() for key, value in row.items() if key != "all %"}
+
+
+def grouped(folders: list[Path]) -> list[Row]:
     """Runs that differ by seed at most, together: {name, settings, differing: those that other runs have
-    otherwise, folders, results: the policy's, means with standard errors over seeds; and the gains in win
-    rate, paired by seed, over the first plain runs given of the same objective, with half the width of their
-    95 % interval}."""
+    otherwise, folders}."""
     settings, groups = {folder: open_run(folder)[0] for folder in folders}, {}
     free = {"seed", "output_dir", "proxy", "micro_batch_tokens", "save_steps"}
     keys = dict.fromkeys(key for s in settings.values() for key in s if key not in free)
@@ -601,31 +655,48 @@ def run_groups(folders: list[Path], device: Any) -> list[Row]:
     for folder, s in settings.items():
         differing = {key: s.get(key) for key in keys}
         name = ", ".join(f"{key} {value}" for key, value in differing.items()) or folder.name
-        new = {"name": name, "settings": s, "differing": differing, "folders": [], "results": {}}
+        new = {"name": name, "settings": s, "differing": differing, "folders": []}
         groups.setdefault(str(differing), new)["folders"].append(folder)
+    return list(groups.values())
+
+
+def over_seeds(rows: list[Row]) -> Row:
+    """Means, with standard errors "x error" for "x" or "x %"; of one row, its own."""
+    means = {}
+    for key in dict.fromkeys(key for row in rows for key in row if not key.endswith(" error")):
+        error, values = key.removesuffix(" %") + " error", [row[key] for row in rows if key in row]
+        spread = stdev(values) / len(values) ** 0.5 if len(values) > 1 else rows[0].get(error)
+        means |= {key: fmean(values)} | ({} if spread is None else {error: spread})
+    return means
+
+
+def add_results(groups: list[Row], device: Any) -> None:
+    """To each group {results: of its policies on held-out pairs, over seeds}, and the gains in win rate,
+    paired by seed, over the first plain runs of the same objective, with half the width of their 95 %
+    interval."""
     found: dict[Path, Row] = {}
-    for folder in folders:
+    plain: dict[tuple[str, int], Path] = {}
+    for folder in [folder for group in groups for folder in group["folders"]]:
         if "report" not in remembered(folder):
             report_run(folder, device)
-        known = remembered(folder)
+        known, s = remembered(folder), read_config(folder)["settings"]
         found[folder] = dict([{}, *known.get("report", {}).values()][-1])
         for judge, row in known.get("judged", {}).items():
             found[folder] |= {f"{k[:2]} ({judge}){k[2:]}": row[k] for k in row if k[:3] in ("WR ", "LC ")}
-    pairing = {folder: (s["objective"], s["seed"]) for folder, s in settings.items()}
-    plain = {pairing[folder]: folder for folder in reversed(folders) if lm.is_plain(settings[folder])}
-    for group in groups.values():
-        rows = [found[folder] for folder in group["folders"]]
-        for key in dict.fromkeys(key for row in rows for key in row if not key.endswith(" error")):
-            error, values = key.removesuffix(" %") + " error", [row[key] for row in rows if key in row]
-            spread = stdev(values) / len(values) ** 0.5 if len(values) > 1 else rows[0].get(error)
-            group["results"] |= {key: fmean(values)} | ({} if spread is None else {error: spread})
-        for key in [key for key in group["results"] if re.match(r"(LC )?(win rate|WR|LC).*%$", key)]:
-            both = [(found[f], found.get(plain.get(pairing[f]), {})) for f in group["folders"]]
-            gains = [a[key] - b[key] for a, b in both if a is not b and key in a and key in b]
+        if is_plain(s):
+            plain.setdefault((s["objective"], s["seed"]), folder)
+    for group in groups:
+        results = group["results"] = over_seeds([found[folder] for folder in group["folders"]])
+        for key in [key for key in results if re.match(r"(LC )?(win rate|WR|LC).*%$", key)]:
+            gains = []
+            for folder in group["folders"]:
+                s = read_config(folder)["settings"]
+                base = plain.get((s["objective"], s["seed"]), folder)
+                if base != folder and key in found[folder] and key in found[base]:
+                    gains.append(found[folder][key] - found[base][key])
             if len(gains) > 1:
                 name, half = f"{key.removesuffix(' %')} - vanilla", t975(len(gains) - 1) * stdev(gains)
-                group["results"] |= {name: fmean(gains), f"{name} error": half / len(gains) ** 0.5}
-    return list(groups.values())
+                results |= {name: fmean(gains), f"{name} error": half / len(gains) ** 0.5}
 
 
 def t975(freedom: int) -> float:
@@ -634,6 +705,7 @@ def t975(freedom: int) -> float:
     table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
     z = NormalDist().inv_cdf(0.975)
     series = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    series += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
     return table[freedom - 1] if freedom < 10 else series
 
 
@@ -820,6 +892,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--out", metavar="DIR", help="folder of outputs and judgements (default: RUN/evaluation)")
     add("--pairs", metavar="PAIRS", help="print the models' margins on these")
     add("--table3", action="store_true", help="print the margin variance of each kind of batches")
+    add("--filter", action="store_true", help="print what the filter removed: noise? short or long ones?")
     add("--json", metavar="FILE", help="write the printed tables here too")
     for name, (title, *_) in FIGURES.items():
         add(f"--{name}", metavar="FILE", help=f"{title} (.png, .svg or .pdf)")
@@ -837,7 +910,8 @@ def run(args: argparse.Namespace) -> None:
     for name in args.models if args.generate else []:
         write_both_outputs(name, args, device)
     if args.judge:
-        tables["judged"] = [judge_model(name, args, device) for name in args.models]
+        agreed: dict[str, float] = {}
+        tables["judged"] = [judge_model(name, args, device, agreed) for name in args.models]
     if args.pairs:
         tables["margins"] = []
         for name in args.models:
@@ -846,12 +920,18 @@ def run(args: argparse.Namespace) -> None:
             pairs, _ = data.tokenize_preferences(read_pairs(args.pairs), tokenizer, *lengths)
             for label, _, _, row in scored(models, pairs, s, device):
                 tables["margins"].append({"model": f"{name} {label}".strip(), "pairs": len(pairs)} | row)
-    if args.table3:
-        tables["table3"] = [table3(folder) for folder in folders]
-    groups = run_groups(folders, device) if figures or not (tables or args.generate) else []
-    if groups and not tables:
-        names = [{"run": ", ".join(f.name for f in g["folders"]), "seeds": len(g["folders"])} for g in groups]
-        tables["runs"] = [name | g["differing"] | g["results"] for name, g in zip(names, groups)]
+    wanted = {"table3": table3} if args.table3 else {}
+    wanted |= {"filter": filter_row} if args.filter else {}
+    report = not (tables or wanted or args.generate)
+    groups = grouped(folders) if figures or wanted or report else []
+    names = [{"run": ", ".join(f.name for f in g["folders"]), "seeds": len(g["folders"])} for g in groups]
+    for name, make in wanted.items():
+        rows = [over_seeds([make(folder) for folder in group["folders"]]) for group in groups]
+        tables[name] = [one | row for one, row in zip(names, rows)]
+    if figures or report:
+        add_results(groups, device)
+    if report:
+        tables["runs"] = [one | g["differing"] | g["results"] for one, g in zip(names, groups)]
     for rows in tables.values():
         print(markdown(rows))
     if any(len(group["folders"]) > 1 for group in groups):

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
@@ -68,89 +69,43 @@ def load_model(name: str | Path, seed: int = 0) -> nn.Module:
         for key, value in part.to_dict().items():
             if "drop" in key and isinstance(value, float):  # attention_dropout, resid_pdrop, ...
                 setattr(part, key, 0.0)
-    return _from_pretrained(
-        AutoModelForCausalLM, name, config=config, dtype=torch.float32, use_safetensors=True
-    )
+    how = {"config": config, "dtype": torch.float32, "use_safetensors": True}
+    return _from_pretrained(AutoModelForCausalLM, name, **how)
 
 
 def _from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
-        raise ValueError(
-            f"{name}: no model folder (no config.json in it); give what save_pretrained wrote, or a hub id"
-        )
+        raise ValueError(f"{name}: no model folder (no config.json in it); give one, or a hub id")
     whole = kind is AutoModelForCausalLM  # its weights are read once, not for config and tokenizer too
     if (Path(name) / CHECKSUMS).is_file() and (wrong := damage(Path(name), whole)):
         raise ValueError(f"{name}: {wrong}. Make it again; or, if you changed it, delete its {CHECKSUMS}")
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # missing or damaged files, no network, no causal LM, ...
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{name}: cannot be loaded as a causal language model ({type(error).__name__}: {reason})"
-        ) from None
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(f"{name}: cannot be loaded as a causal language model ({said})") from None
 
 
 def builtin_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on the texts, with a chat template; the same texts give the same
     tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     special = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=BUILTIN_VOCABULARY,
-            special_tokens=special,
-            initial_alphabet=alphabet,
-            show_progress=False,
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>", additional_special_tokens=special[1:]
-    )
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, BUILTIN_VOCABULARY, 0, show_progress=False, special_tokens=special)
+    named = {"eos_token": special[0], "pad_token": special[0], "additional_special_tokens": special[1:]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **named)
     tokenizer.chat_template = BUILTIN_TEMPLATE
     return tokenizer
 
 
 def builtin_model(seed: int) -> nn.Module:
     """A Llama-type model of 0.4 million parameters with random weights."""
-    config = LlamaConfig(
-        vocab_size=BUILTIN_VOCABULARY,
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
+    sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+    tokens = {"vocab_size": BUILTIN_VOCABULARY, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    config = LlamaConfig(**sizes, **tokens, max_position_embeddings=1024, tie_word_embeddings=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
-
-
-def is_plain(settings: dict[str, Any]) -> bool:
-    """Whether a run with these settings is the plain objective on random batches, a proxy."""
-    unfiltered = settings["tau"] is None and settings["filter_ratio"] == 0
-    return unfiltered and settings["batching"] == "random" and settings["lambda_reg"] == 0
-
-
-def stage_folder(run: Path, stage: str) -> Path:
-    """The model of a stage ("sft", "proxy", "policy") of a run: its own, or that of the run it was given as
-    --proxy."""
-    while not (run / stage).is_dir():
-        settings = read_config(run)["settings"]
-        if not settings["proxy"]:
-            if stage == "proxy" and is_plain(settings):  # itself the proxy of runs that were given it
-                return run / "policy"
-            raise ValueError(f"{run} has no {stage}/")
-        run = Path(settings["proxy"])
-    return run / stage
 
 
 def read_json(path: Path, default: Any = None) -> Any:
@@ -161,15 +116,6 @@ def read_json(path: Path, default: Any = None) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
-
-
-def read_config(run: Path) -> dict[str, Any]:
-    """config.json of a run. Raises ValueError if it is damaged."""
-    config = read_json(run / "config.json")
-    settings = config.get("settings") if isinstance(config, dict) else None
-    if not isinstance(settings, dict) or "objective" not in settings:
-        raise ValueError(f"{run / 'config.json'}: no settings of a run: restore it, or delete {run}")
-    return config
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -258,9 +204,7 @@ def add_lora(model: nn.Module, rank: int, seed: int) -> None:
     head, generator = model.get_output_embeddings(), torch.Generator().manual_seed(seed)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
     if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no nn.Linear layers for LoRA; train without --lora_rank"
-        )
+        raise ValueError(f"{type(model).__name__} has no nn.Linear layers for LoRA: leave out --lora_rank")
     for name, layer in layers:
         model.set_submodule(name, LoRALinear(layer, rank, 2.0 * rank, generator))
 
@@ -399,9 +343,8 @@ def shares_prompt(model: nn.Module, one_row: dict[str, Tensor], two_rows: dict[s
     products = torch.backends.cuda.matmul
     precision, products.fp32_precision = products.fp32_precision, "ieee"
     try:
-        scores = [
-            sequence_logps(model, to_device(batch, device), exact=True) for batch in (one_row, two_rows)
-        ]
+        batches = (to_device(batch, device) for batch in (one_row, two_rows))
+        scores = [sequence_logps(model, batch, exact=True) for batch in batches]
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError):  # the model refuses the mask or the position ids
@@ -426,27 +369,19 @@ def score_pairs(
 ) -> Tensor:
     """log pi(y|x) of chosen and rejected of N pairs: [N, 2], float32, on the CPU and the same on every rank.
 
-    batches: data.scoring_batches of this rank. Each pair is written by its index, exactly once over all
-    ranks. names: of the pairs, [N]. label: of the progress bar, if one is wanted. Raises ValueError with the
-    names of pairs whose score is not finite.
+    batches: data.scoring_batches of this rank; each pair is written by its index. names: of the pairs, [N].
+    label: of the progress bar, if one is wanted. Raises ValueError with the names of pairs whose score is not
+    finite.
     """
-    count = len(names)
-    device = next(model.parameters()).device
-    parallel = dist.is_initialized()
-    scores, written = torch.zeros(count, 2, device=device), torch.zeros(count, device=device)
-    with tqdm(
-        total=count, desc=label, unit="pair", disable=not label or (parallel and dist.get_rank() > 0)
-    ) as bar:
+    device, parallel = next(model.parameters()).device, dist.is_initialized()
+    scores, silent = torch.zeros(len(names), 2, device=device), parallel and dist.get_rank() > 0
+    with tqdm(total=len(names), desc=label, unit="pair", disable=silent or not label) as bar:
         for index, batch in batches:
             scores[index] = sequence_logps(model, to_device(batch, device))
-            written[index] += 1
             bar.update(len(index) * (dist.get_world_size() if parallel else 1))
     if parallel:
         dist.all_reduce(scores)
-        dist.all_reduce(written)
-    if not (written == 1).all():
-        raise RuntimeError(f"{int((written != 1).sum())} of {count} pairs were not scored exactly once")
     if bad := (~scores.isfinite()).any(1).nonzero().flatten().tolist():
-        which = ", ".join(names[i] for i in bad[:8])
-        raise ValueError(f"{len(bad)} of {count} pairs have no finite log-probability: {which}; look at them")
+        of, which = f"{len(bad)} of {len(names)} pairs", ", ".join(names[i] for i in bad[:8])
+        raise ValueError(f"{of} have no finite log-probability: {which}; look at them")
     return scores.cpu()

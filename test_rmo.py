@@ -1872,6 +1872,7 @@ def make_run(folder: Path, seed: int = 0, **settings) -> Path:
     scores = {
         f"{by}_{side}": torch.randn(40) * 10 for by in ("base", "proxy") for side in ("chosen", "rejected")
     }
+    scores |= {"chosen_tokens": torch.arange(40), "rejected_tokens": torch.full((40,), 20)}
     from safetensors.torch import save_file
 
     save_file(
@@ -1943,6 +1944,32 @@ def test_table_over_runs(runs, tmp_path, capsys):
     with (runs[0] / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 31, "loss": 1.0}) + "\n")
     assert "report" not in evaluate.remembered(runs[0]) and evaluate.remembered(runs[0])["run"] != before
+
+
+def test_gains_are_paired_by_seed_with_students_interval(tmp_path, capsys):
+    """Gains 1, 2 and 6 over vanilla: mean 3, standard deviation sqrt 7, times 4.303 / sqrt 3."""
+    folders = []
+    for seed, (plain, gain) in enumerate(((50.0, 1), (60.0, 2), (55.0, 6))):
+        for name, rate, flags in (("vanilla", plain, {"batching": "random"}), ("rmo", plain + gain, {})):
+            folders.append(make_run(tmp_path / f"{name}-{seed}", seed, **flags))
+            evaluate.remembered(folders[-1], report={name: {"win rate %": rate}})
+    call(*folders, "--json", tmp_path / "t.json")
+    vanilla, rmo = json.loads((tmp_path / "t.json").read_text())["runs"]
+    assert "win rate - vanilla" not in vanilla and rmo["win rate - vanilla"] == pytest.approx(3)
+    assert rmo["win rate - vanilla error"] == pytest.approx(4.303 * (7 / 3) ** 0.5)
+    assert "95 % interval" in capsys.readouterr().out
+    assert [round(evaluate.t975(n), 3) for n in (10, 30)] == [2.228, 2.042]  # of the printed tables
+
+
+def test_table_of_the_filter_by_hand(runs):
+    """Pairs 0, 5 (step 1), 7 and 9 (step 2) of 40, of which chosen is longer by -20, -15, -13, -11 tokens."""
+    row = evaluate.filter_row(runs[0])
+    assert [row[f"{name} %"] for name in ("step 1", "step 2", "kept")] == [5, 5, 90]
+    assert row["step 1: longer by"] == -17.5 and row["step 2: longer by"] == -12
+    assert row["kept: longer by"] == pytest.approx((-0.5 * 40 + 59) / 36)
+    splits, rows, _ = data.load_splits(evaluate.open_run(runs[0])[0], lm.load_tokenizer(runs[0] / "policy"))
+    truths = [rows[pair.row]["truth"]["margin"] for pair in splits["train"]]
+    assert row["step 1: mislabelled %"] == 50 * sum(truths[i] < 0 for i in (0, 5))
 
 
 def test_table3(runs):

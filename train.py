@@ -241,7 +241,7 @@ def rmo(s: Settings, device: torch.device) -> None:
         n = torch.tensor([len(pair.chosen) for pair in sft_pairs], device=device)
         what = sft_pairs, len(n), s.sft_epochs, s.sft_lr, random_plan("sft", len(n))
         nll = lambda scores, index, *_: (-scores[:, 0] / n[index], {})  # noqa: E731
-        base = lm.stage_folder(run.donor, "sft") if run.donor else trained("sft", base, *what, nll)
+        base = evaluate.stage_folder(run.donor, "sft") if run.donor else trained("sft", base, *what, nll)
 
     # Line 4: base and proxy margins. The base scores are the reference log-probabilities of Eq. 4 too.
     scores = load_scores(out, run.identity) or (load_scores(run.donor, run.identity) if run.donor else {})
@@ -276,7 +276,7 @@ def rmo(s: Settings, device: torch.device) -> None:
                 again = f"Nothing need be trained again: --proxy {run.donor or out} --output_dir ANOTHER"
                 raise ValueError(f"{error}. {again}") from None
         kept = dual_denoising_filter(base_margins, proxy_margins, tau, gamma, generator(s.seed, "filter"))
-        on_rank_0(lambda: report_filter(out, gamma, base_margins, proxy_margins, kept, tau, run.truths))
+        on_rank_0(lambda: report_filter(out, gamma, base_margins, proxy_margins, kept, tau))
     if len(kept) < s.batch_size:
         raise ValueError(f"the filter left {len(kept)} of {len(pairs)} pairs, not one batch: filter less")
 
@@ -474,7 +474,6 @@ class Run(NamedTuple):
     tokenizer: Any
     pairs: list[Pair]
     sft_pairs: list[Pair]
-    truths: list[dict[str, Any]]
     identity: dict[str, str]
     donor: Path | None
     shared: bool
@@ -489,7 +488,7 @@ def prepare(s: Settings, device: torch.device) -> Run:
         tokenizer = lm.builtin_tokenizer(data.builtin_texts())
     else:
         tokenizer = lm.load_tokenizer(s.model, s.chat_template)
-    splits, rows, counts = data.load_splits(dataclasses.asdict(s), tokenizer)
+    splits, _, counts = data.load_splits(dataclasses.asdict(s), tokenizer)
     pairs, sft_pairs = splits["train"], [pair._replace(rejected=[]) for pair in splits["sft"]]
     if s.batch_size > min(len(pairs), len(sft_pairs) if s.sft_epochs else len(pairs)):
         raise ValueError(
@@ -516,8 +515,7 @@ def prepare(s: Settings, device: torch.device) -> Run:
         prompt, chosen, rejected = (tokenizer.decode(ids) for ids in pair[:3])
         say(f"--- {pair.source}, supervised between >>> and <<<\n{prompt}")
         say(f"  chosen   >>>{chosen}<<<\n  rejected >>>{rejected}<<<")
-    truths = [rows[pair.row]["truth"] for pair in pairs] if s.data == BUILTIN else []
-    return Run(tokenizer, pairs, sft_pairs, truths, identity, donor, shared, lm.product_weights(model))
+    return Run(tokenizer, pairs, sft_pairs, identity, donor, shared, lm.product_weights(model))
 
 
 def open_donor(s: Settings, identity: dict[str, str]) -> Path | None:
@@ -527,14 +525,14 @@ def open_donor(s: Settings, identity: dict[str, str]) -> Path | None:
     donor = Path(s.proxy)
     if not (donor / "config.json").is_file():
         raise ValueError(f"--proxy {donor}: no run of train.py (no config.json)")
-    theirs = lm.read_config(donor)
+    theirs = evaluate.read_config(donor)
     ours = identity | {key: getattr(s, key) for key in ("sft_epochs", "sft_lr")[: 2 if s.sft_epochs else 1]}
     for key, value in ours.items():
         other = (theirs["settings"] | theirs).get(key)  # a fingerprint says more than the flag of its name
         if other != value:
             raise ValueError(f"--proxy {donor}: of another {key} ({other} there, {value} here)")
     scores = load_scores(donor, identity)
-    finished_plain = (donor / "policy").is_dir() and lm.is_plain(theirs["settings"])
+    finished_plain = (donor / "policy").is_dir() and evaluate.is_plain(theirs["settings"])
     if not scores or (s.needs_proxy and "proxy_chosen" not in scores and not finished_plain):
         raise ValueError(
             f"--proxy {donor}: has no proxy margins and is no finished plain run, itself a proxy"
@@ -549,7 +547,7 @@ def open_run(s: Settings, identity: dict[str, str]) -> None:
     versions = {"python": platform.python_version()} | {key: m.__version__ for key, m in modules.items()}
     config = {"settings": settings, "versions": versions} | identity
     if (out / "config.json").is_file():
-        theirs = lm.read_config(out)
+        theirs = evaluate.read_config(out)
         free = "save_steps", "output_dir", "micro_batch_tokens"  # the result is the same, but for rounding
         ours = {key: value for key, value in (settings | identity).items() if key not in free}
         there = {key: (theirs["settings"] | theirs).get(key) for key in ours}
@@ -665,16 +663,8 @@ def read_log(log: Path) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- reports
 
 
-def report_filter(
-    out: Path,
-    gamma: float,
-    base: Tensor,
-    proxy: Tensor,
-    kept: Tensor,
-    tau: float,
-    truths: list[dict[str, Any]],
-) -> None:
-    """Write filter.json and say what was removed; on the built-in task, against the truth."""
+def report_filter(out: Path, gamma: float, base: Tensor, proxy: Tensor, kept: Tensor, tau: float) -> None:
+    """Write filter.json and say what was removed."""
     removed = torch.ones(len(base), dtype=torch.bool).index_fill(0, kept, False)
     step1 = margin_decrease(base, proxy)
     masks, ratio = {"step1": step1, "step2": removed & ~step1}, removed.double().mean().item()
@@ -683,15 +673,6 @@ def report_filter(
     lm.write_atomically(out / "filter.json", lambda path: path.write_text(json.dumps(result)))
     counts = ", ".join(f"{step} removed {int(mask.sum())}" for step, mask in masks.items())
     say(f"filter: {counts} of {len(base)} pairs ({ratio:.2%}), tau {tau:.3f}")
-    kinds = {
-        "flipped by annotation noise": lambda truth: truth["flipped"],
-        "mislabelled (rejected has the higher true reward)": lambda truth: truth["margin"] < 0,
-        "ambiguous (true rewards less than 0.5 apart)": lambda truth: abs(truth["margin"]) < 0.5,
-    }
-    for kind, test in kinds.items() if truths else ():
-        is_so = torch.tensor([float(test(truth)) for truth in truths])
-        shares = [f"{is_so[mask].mean():.1%} of {step}'s" for step, mask in masks.items() if mask.any()]
-        say(f"  {kind}: {', '.join(shares)}; {is_so.mean():.1%} of all pairs")
 
 
 def report_batches(epoch: int, margins: Tensor, batches: Tensor) -> None:
