@@ -94,9 +94,7 @@ def _download(source: str) -> Path:
         raise ValueError(f"{source}: no such file, and the hub gave no such dataset ({reason})") from None
     if files:
         raise ValueError(f"{source}: name one of its files, as {name}:{files[0]} (of {', '.join(files[:8])})")
-    raise ValueError(
-        f"{source}: holds no .json or .jsonl file; convert it, as with datasets' Dataset.to_json"
-    )
+    raise ValueError(f"{source}: holds no .json or .jsonl file; convert it with datasets' Dataset.to_json")
 
 
 def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
@@ -149,9 +147,7 @@ def _recognise(row: Any, place: str) -> dict[str, Any]:
             prompts, answers = [row["prompt"]] * 2, [row["chosen"], row["rejected"]]
         else:
             if not all(HH_MARK in value for value in values):
-                raise ValueError(
-                    f"{place}: no prompt, and no {HH_MARK!r} to split a transcript at; {FORMATS}"
-                )
+                raise ValueError(f"{place}: no prompt, and no {HH_MARK!r} to split at; {FORMATS}")
             cuts = [value.rindex(HH_MARK) + len(HH_MARK) for value in values]
             prompts = [value[:cut] for value, cut in zip(values, cuts)]
             answers = [value[cut:] for value, cut in zip(values, cuts)]
@@ -159,13 +155,10 @@ def _recognise(row: Any, place: str) -> dict[str, Any]:
     elif all(isinstance(value, list) and value for value in values):
         talks = [row.get("prompt", []) + row["chosen"], row.get("prompt", []) + row["rejected"]]
         for message in talks[0] + talks[1]:
-            values = (
-                [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None]
-            )
-            if not all(isinstance(value, str) for value in values) or len(message) > 2:
-                raise ValueError(
-                    f"{place}: a message must be {{role: text, content: text}}, not {str(message)[:80]}"
-                )
+            texts = [*message.values()] if isinstance(message, dict) else []
+            if not (texts and set(message) == {"role", "content"} and all(isinstance(t, str) for t in texts)):
+                shape = "{role: text, content: text}"
+                raise ValueError(f"{place}: a message must be {shape}, not {str(message)[:80]}")
         prompts, answers = [talk[:-1] for talk in talks], [talk[-1] for talk in talks]
         if any(answer["role"] != "assistant" for answer in answers):
             raise ValueError(f"{place}: chosen and rejected must end with a message of role assistant")
@@ -252,9 +245,8 @@ def tokenize_preferences(
     counts["kept"] = len(pairs)
     counts = {reason: count for reason, count in counts.items() if count}
     if not pairs:
-        raise ValueError(
-            f"{rows[0]['source']}: no pair is left ({listed(counts)}): look at data or max_length"
-        )
+        where = rows[0]["source"]
+        raise ValueError(f"{where}: no pair is left ({listed(counts)}): look at data or max_length")
     return pairs, counts
 
 
@@ -274,9 +266,8 @@ def _segments(row: dict[str, Any], side: str | None, tokenizer: Any, controls: s
     if isinstance(row["prompt"], str):
         return [(row["prompt"] + (row[side] if side else ""), True)]
     if not tokenizer.chat_template:
-        raise ValueError(
-            f"{row['source']}: messages, but the tokenizer has no template: --chat_template FILE"
-        )
+        where = row["source"]
+        raise ValueError(f"{where}: messages, but the tokenizer has no template: --chat_template FILE")
     messages = row["prompt"] + ([row[side]] if side else [])
     mark, held = "\ue000", []  # in place of control tokens that a user wrote, while the template is rendered
     while any(mark in message["content"] for message in messages):
@@ -462,20 +453,8 @@ TOPICS = {
     "tea": ("fresh leaves", "hot water", "a thin cup", "three minutes"),
     "camping": ("a dry tent", "warm blankets", "fire wood", "a flat place"),
 }
-QUESTIONS = (
-    "How do I start with {}?",
-    "What matters most in {}?",
-    "Give me advice about {}.",
-    "Can you teach me {}?",
-)
-ASKERS = (
-    "",
-    "I am new here. ",
-    "My sister asks. ",
-    "This is for school. ",
-    "I tried it once. ",
-    "I have one hour. ",
-)
+QUESTIONS = "How do I start with {}?|What matters most in {}?|Give me advice about {}.|Can you teach me {}?"
+ASKERS = "|I am new here. |My sister asks. |This is for school. |I tried it once. |I have one hour. "
 POLITE = ("I am happy to help.", "Good question.", "I hope this helps.", "Enjoy it.")
 RUDE = ("That is a silly question.", "I do not care.", "Go and ask someone else.")
 FILLER = ("There are many ways to see it.", "People often talk about this.", "It depends on many things.")
@@ -507,7 +486,8 @@ def true_reward(prompt: str, response: str) -> float:
 
 
 def _prompts() -> list[str]:
-    return [asker + question.format(topic) for topic in TOPICS for question in QUESTIONS for asker in ASKERS]
+    questions, askers = QUESTIONS.split("|"), ASKERS.split("|")
+    return [asker + question.format(topic) for topic in TOPICS for question in questions for asker in askers]
 
 
 def builtin_texts() -> list[str]:

@@ -580,7 +580,7 @@ def report_run(folder: Path, device: Any) -> dict[str, dict[str, float]]:
             texts = generate(model, tokenizer, [*prompts] * SAMPLES, 64, 1.0, 1.0, draw, batch_size=256)
             found = [(data.true_reward(p, t), len(t)) for p, t in zip([*prompts.values()] * SAMPLES, texts)]
             rewards, sizes = torch.tensor(found, dtype=torch.float64).view(SAMPLES, -1, 2).unbind(2)  # [S, P]
-            report[label]["true reward"] = rewards.mean().item()
+            report[label] |= {"true reward": rewards.mean().item(), "characters": sizes.mean().item()}
             if baseline is None:
                 baseline = rewards, sizes
                 continue

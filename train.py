@@ -505,7 +505,9 @@ def prepare(s: Settings, device: torch.device) -> Run:
     given = {key: value for key, value in dataclasses.asdict(s).items() if value is not None}
     say("settings: " + " ".join(f"{key}={value}" for key, value in given.items()))
     kind = "float32, bf16 autocast" if device.type == "cuda" else "float32"
-    say(f"model: {type(model).__name__}, {model.num_parameters():,} parameters, {kind}")
+    count = model.num_parameters()
+    state = (4 if s.lora_rank else 16) * count / 2**30  # weights; and gradients and AdamW's two moments
+    say(f"model: {type(model).__name__}, {count:,} parameters, {kind}, {state:.2g} GiB besides activations")
     parts = ", ".join(f"{len(part):,} to {use}" for use, part in splits.items())
     say(f"pairs: {data.listed(counts)}; {parts}")
     say(f"batches of {s.batch_size} pairs over {rank_and_world()[1]} rank(s) on {device.type}")
