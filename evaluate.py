@@ -5,6 +5,7 @@
     python evaluate.py RUN --judge https://api.openai.com/v1 --judge_model gpt-4o     win rates of the outputs
     python evaluate.py RUN MODEL --pairs PAIRS.jsonl  margins of any models on any pairs
     python evaluate.py RUN --table3 --figure3 B.png   what each way to make batches does to their margins
+    python evaluate.py RUN --filter                   what the filter removed
 
 A judge is an OpenAI-compatible URL (key: the environment's OPENAI_API_KEY), a reward model's folder, a run's
 folder (its implicit reward), or "true" (the built-in task's reward). Files are AlpacaEval's, in
@@ -592,10 +593,10 @@ def report_run(folder: Path, device: Any) -> dict[str, dict[str, float]]:
     if first:
         print(f"{folder}: {len(pairs)} held-out pairs, margins in nats, wins against {next(iter(models))}")
         print(markdown([{"model": label} | row for label, row in report.items()]))
+        remembered(folder, report=report, margins=margins)
         if (folder / "filter.json").is_file():
             print("What the filter removed; longer: chosen than rejected, in tokens")
             print(markdown([filter_row(folder)]))
-        remembered(folder, report=report, margins=margins)
     return report
 
 
@@ -632,17 +633,21 @@ def filter_row(folder: Path) -> Row:
     by = torch.zeros(len(base), dtype=torch.long)
     for step in (1, 2):
         by[removed.get(f"removed_step{step}", [])] = step
-    row = {
-        "correlation of length and base margin": torch.corrcoef(torch.stack([longer, base.double()]))[0, 1]
-    }
-    if builtin := s["data"] == BUILTIN:
+    both = torch.stack([longer, base.double()])
+    row = {"correlation of length and base margin": torch.corrcoef(both)[0, 1].nan_to_num()}
+    wrong = None
+    if s["data"] == BUILTIN:
         splits, rows, _ = data.load_splits(s, tokenizer)
-        wrong = torch.tensor([rows[pair.row]["truth"]["margin"] < 0.0 for pair in splits["train"]]).double()
-    kinds = ("all", by >= 0), ("step 1", by == 1), ("step 2", by == 2), ("kept", by == 0)
-    for name, mask in [(name, mask) for name, mask in kinds if mask.any()]:
-        row |= {f"{name} %": 100 * mask.double().mean(), f"{name}: longer by": longer[mask].mean()}
-        row |= {f"{name}: mislabelled %": 100 * wrong[mask].mean()} if builtin else {}
-    return {key: value.item() for key, value in row.items() if key != "all %"}
+        if data.fingerprint(splits["train"]) == read_config(folder).get("data"):  # of this version's making
+            wrong = torch.tensor(
+                [rows[pair.row]["truth"]["margin"] < 0.0 for pair in splits["train"]]
+            ).double()
+    for name, mask in (("all", by >= 0), ("step 1", by == 1), ("step 2", by == 2), ("kept", by == 0)):
+        row |= {} if name == "all" else {f"{name} %": 100 * mask.double().mean()}
+        if mask.any():
+            row |= {f"{name}: longer by": longer[mask].mean()}
+            row |= {} if wrong is None else {f"{name}: mislabelled %": 100 * wrong[mask].mean()}
+    return {key: value.item() for key, value in row.items()}
 
 
 def grouped(folders: list[Path]) -> list[Row]:
@@ -653,29 +658,33 @@ def grouped(folders: list[Path]) -> list[Row]:
     keys = dict.fromkeys(key for s in settings.values() for key in s if key not in free)
     keys = [key for key in keys if len({json.dumps(s.get(key)) for s in settings.values()}) > 1]
     for folder, s in settings.items():
-        differing = {key: s.get(key) for key in keys}
+        differing = {key: "default" if s.get(key) is None else s[key] for key in keys}
         name = ", ".join(f"{key} {value}" for key, value in differing.items()) or folder.name
         new = {"name": name, "settings": s, "differing": differing, "folders": []}
-        groups.setdefault(str(differing), new)["folders"].append(folder)
+        group = groups.setdefault(str(differing), new)
+        if twins := [other for other in group["folders"] if settings[other].get("seed") == s.get("seed")]:
+            raise ValueError(f"{twins[0]} and {folder} have the same settings and seed: name one of them")
+        group["folders"].append(folder)
     return list(groups.values())
 
 
 def over_seeds(rows: list[Row]) -> Row:
-    """Means, with standard errors "x error" for "x" or "x %"; of one row, its own."""
+    """Means of what all rows have, with standard errors "x error" for "x" or "x %"; of one row, its own."""
     means = {}
-    for key in dict.fromkeys(key for row in rows for key in row if not key.endswith(" error")):
-        error, values = key.removesuffix(" %") + " error", [row[key] for row in rows if key in row]
+    for key in [key for key in rows[0] if all(key in row for row in rows) and not key.endswith(" error")]:
+        error, values = key.removesuffix(" %") + " error", [row[key] for row in rows]
         spread = stdev(values) / len(values) ** 0.5 if len(values) > 1 else rows[0].get(error)
         means |= {key: fmean(values)} | ({} if spread is None else {error: spread})
     return means
 
 
 def add_results(groups: list[Row], device: Any) -> None:
-    """To each group {results: of its policies on held-out pairs, over seeds}, and the gains in win rate,
-    paired by seed, over the first plain runs of the same objective, with half the width of their 95 %
-    interval."""
+    """To each group {results: of its policies on held-out pairs, over seeds}, and its gains in win rate,
+    paired by seed, over the first plain run given of the same model, data, objective and beta, with half the
+    width of their 95 % interval."""
     found: dict[Path, Row] = {}
-    plain: dict[tuple[str, int], Path] = {}
+    plain: dict[Any, Path] = {}
+    alike: dict[Path, Any] = {}
     for folder in [folder for group in groups for folder in group["folders"]]:
         if "report" not in remembered(folder):
             report_run(folder, device)
@@ -683,20 +692,20 @@ def add_results(groups: list[Row], device: Any) -> None:
         found[folder] = dict([{}, *known.get("report", {}).values()][-1])
         for judge, row in known.get("judged", {}).items():
             found[folder] |= {f"{k[:2]} ({judge}){k[2:]}": row[k] for k in row if k[:3] in ("WR ", "LC ")}
+        keys = "model", "data", "eval_data", "limit", "objective", "beta", "seed"
+        alike[folder] = tuple(s.get(key) for key in keys)
         if is_plain(s):
-            plain.setdefault((s["objective"], s["seed"]), folder)
+            plain.setdefault(alike[folder], folder)
     for group in groups:
         results = group["results"] = over_seeds([found[folder] for folder in group["folders"]])
+        pairs = [(found[folder], plain.get(alike[folder], folder)) for folder in group["folders"]]
+        pairs = [(row, found[base]) for row, base in pairs if row is not found[base]]
         for key in [key for key in results if re.match(r"(LC )?(win rate|WR|LC).*%$", key)]:
-            gains = []
-            for folder in group["folders"]:
-                s = read_config(folder)["settings"]
-                base = plain.get((s["objective"], s["seed"]), folder)
-                if base != folder and key in found[folder] and key in found[base]:
-                    gains.append(found[folder][key] - found[base][key])
-            if len(gains) > 1:
-                name, half = f"{key.removesuffix(' %')} - vanilla", t975(len(gains) - 1) * stdev(gains)
-                results |= {name: fmean(gains), f"{name} error": half / len(gains) ** 0.5}
+            gains = [row[key] - base[key] for row, base in pairs if key in base]
+            if len(gains) == len(group["folders"]) > 1:
+                name = f"{key.removesuffix(' %')} - vanilla (95 %)"
+                half = t975(len(gains) - 1) * stdev(gains) / len(gains) ** 0.5
+                results |= {name: fmean(gains), f"{name} error": half}
 
 
 def t975(freedom: int) -> float:
@@ -838,7 +847,9 @@ def figure3(axes: Any, groups: list[Row], folder: Path) -> None:
 
 
 def figure4(axes: Any, groups: list[Row], folder: Path) -> None:
-    xs, margins = [group["settings"]["lambda_reg"] for group in groups], {}
+    used = [lm.read_json(g["folders"][0] / "constants.json", {"lambda": None})["lambda"] for g in groups]
+    xs = [group["settings"]["lambda_reg"] if x is None else x for group, x in zip(groups, used)]
+    margins: dict[str, list[float]] = {}
     for x, group in sorted(zip(xs, groups), key=lambda point: point[0]):
         found = [[[], *remembered(f).get("margins", {}).values()][-1] for f in group["folders"]]
         margins[f"λ = {x:g}"] = margins.get(f"λ = {x:g}", []) + sum(found, [])
@@ -934,8 +945,8 @@ def run(args: argparse.Namespace) -> None:
         tables["runs"] = [one | g["differing"] | g["results"] for one, g in zip(names, groups)]
     for rows in tables.values():
         print(markdown(rows))
-    if any(len(group["folders"]) > 1 for group in groups):
-        print("± over seeds: standard error; of differences to vanilla, paired by seed: 95 % interval")
+    if report:
+        print("±: standard error over seeds, or of one run over prompts; behind (95 %) that interval")
     if args.judge:
         print("LC: alpaca_eval's length_controlled_minimal without L1 penalty; ±: standard error")
     if args.json:

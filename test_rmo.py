@@ -1109,12 +1109,17 @@ def test_run_folder_holds_what_is_promised(whole_run):
         "policy",
         "margins.safetensors",
         "filter.json",
+        "constants.json",
         "metrics.jsonl",
     }
     scores, removed = (
         load_file(whole_run / "margins.safetensors"),
         json.loads((whole_run / "filter.json").read_text()),
     )
+    used = json.loads((whole_run / "constants.json").read_text())
+    sd = (scores["proxy_chosen"] - scores["proxy_rejected"]).std(unbiased=False).item()
+    assert used["sd"] == used["alpha"] == pytest.approx(sd) and used["gamma"] == pytest.approx(0.01 * sd)
+    assert used["lambda"] == pytest.approx(0.16 * sd * 1.0) and used["tau"] == removed["tau"]
     kept = removed["kept"]
     assert kept + len(removed["removed_step1"]) + len(removed["removed_step2"]) == len(scores["base_chosen"])
     lines = metrics(whole_run)
@@ -1857,7 +1862,7 @@ def make_run(folder: Path, seed: int = 0, **settings) -> Path:
         "batching": "high",
         "filter_ratio": 0 if plain else None,
         "tau": None,
-        "lambda_reg": 0.0 if plain else 2.0,
+        "lambda_reg": 0.0 if plain else None,
     }
     s |= {
         "proxy": None,
@@ -1868,7 +1873,10 @@ def make_run(folder: Path, seed: int = 0, **settings) -> Path:
         "max_prompt_length": None,
     }
     s |= {"seed": seed, "limit": 40, "eval_share": 0.0, "chat_template": None} | settings
-    (folder / "config.json").write_text(json.dumps({"settings": s}))
+    train_pairs = data.load_splits(s, tokenizer)[0]["train"]
+    config = {"settings": s, "data": data.fingerprint(train_pairs)}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "constants.json").write_text(json.dumps({"lambda": s["lambda_reg"] or 1.5}))
     scores = {
         f"{by}_{side}": torch.randn(40) * 10 for by in ("base", "proxy") for side in ("chosen", "rejected")
     }
@@ -1933,7 +1941,7 @@ def test_table_over_runs(runs, tmp_path, capsys):
     assert call(*runs[:3], "--json", tmp_path / "t.json") is None
     rows = json.loads((tmp_path / "t.json").read_text())["runs"]
     assert [(row["run"], row["seeds"], row["lambda_reg"]) for row in rows] == [
-        ("a, b", 2, 2.0),
+        ("a, b", 2, "default"),
         ("c", 1, 1.0),
     ]
     assert "batching" not in rows[0]
@@ -1955,9 +1963,15 @@ def test_gains_are_paired_by_seed_with_students_interval(tmp_path, capsys):
             evaluate.remembered(folders[-1], report={name: {"win rate %": rate}})
     call(*folders, "--json", tmp_path / "t.json")
     vanilla, rmo = json.loads((tmp_path / "t.json").read_text())["runs"]
-    assert "win rate - vanilla" not in vanilla and rmo["win rate - vanilla"] == pytest.approx(3)
-    assert rmo["win rate - vanilla error"] == pytest.approx(4.303 * (7 / 3) ** 0.5)
-    assert "95 % interval" in capsys.readouterr().out
+    assert list(vanilla)[-1] == "win rate error" and rmo["win rate - vanilla (95 %)"] == pytest.approx(3)
+    assert rmo["win rate - vanilla (95 %) error"] == pytest.approx(4.303 * (7 / 3) ** 0.5)
+    other = make_run(tmp_path / "beta", 0, batching="random", beta=0.5)
+    evaluate.remembered(other, report={"vanilla": {"win rate %": 1.0}})
+    call(other, *folders, "--json", tmp_path / "t.json")  # of another beta, so no run to subtract
+    assert json.loads((tmp_path / "t.json").read_text())["runs"][2]["win rate - vanilla (95 %)"] == 3
+    twin = shutil.copytree(folders[0], tmp_path / "twin")
+    assert "same settings and seed" in call(folders[0], twin)
+    assert "(95 %)" in capsys.readouterr().out
     assert [round(evaluate.t975(n), 3) for n in (10, 30)] == [2.228, 2.042]  # of the printed tables
 
 

@@ -12,10 +12,10 @@ on.
 Differs from the paper: 1) The reference of Eq. 4 is the base model, and the base margins (line 4) need its
 log-probabilities anyway: they are scored once and kept, no second model is loaded. 2) The median of Eq. 14
 ("compute global median", line 14) is that of the proxy's margins, a constant of the run, as the text says. 3)
-tau, gamma, alpha and lambda default to the paper's values in standard deviations of the proxy's margins. 4)
-Batches are made anew each epoch (line 9), by default from the proxy's margins, which costs nothing;
-`--batch_margins policy` scores the current policy as Algorithm 1 has it. 5) N = n m in the paper; here a
-random remainder sits out each epoch.
+tau, gamma, alpha and lambda default to about the paper's values in standard deviations of the proxy's
+margins; the filter ratio is what comes of it. 4) Batches are made anew each epoch (line 9), by default from
+the proxy's margins, which costs nothing; `--batch_margins policy` scores the current policy as Algorithm 1
+has it. 5) N = n m in the paper; here a random remainder sits out each epoch.
 """
 
 import argparse
@@ -78,7 +78,8 @@ def flag(default: Any, help: str) -> Any:
 @dataclass
 class Settings:
     """Reward Margin Optimization. The flags may also stand in a .json or .yaml file: train.py
-    settings.yaml. sd: the standard deviation of the proxy's margins."""
+    settings.yaml. Margins, and what is compared with them, are in nats, or nats a token for ipo, simpo and
+    orpo; sd is the population standard deviation of the proxy's margins."""
 
     model: str = flag(BUILTIN, "folder or hub id of a causal LM; 'built-in' makes a tiny one")
     data: str = flag(
@@ -102,8 +103,8 @@ class Settings:
     simpo_gamma: float | None = flag(None, "simpo only: target reward margin (default: 1)")
 
     filter_ratio: float | None = flag(None, "share of pairs to remove, by a tau that does it; 0 = none")
-    tau: float | None = flag(None, "or Eq. 8's threshold on |proxy margin|, in nats (default: 0.1 sd)")
-    gamma: float | None = flag(None, "Eq. 8: width of the soft threshold, in nats (default: 0.01 sd)")
+    tau: float | None = flag(None, "or Eq. 8's threshold on |proxy margin| (default: 0.1 sd)")
+    gamma: float | None = flag(None, "Eq. 8: width of the soft threshold (default: 0.01 sd)")
     batching: Literal["high", "random", "low"] = flag(
         "high", "margin variance in a batch; high is Algorithm 1"
     )
@@ -111,10 +112,10 @@ class Settings:
         "proxy", "whose margins; policy scores all pairs each epoch"
     )
     lambda_reg: float | None = flag(
-        None, "Eq. 14: weight of Pairwise Margin Amplification, 0 = off (default: 0.16 alpha beta)"
+        None, "Eq. 14: weight of the amplification, 0 = off (default: 0.16 alpha beta; ipo 0.32 alpha / beta)"
     )
-    alpha: float | None = flag(None, "Eq. 14: scale in nats (default: 1 sd)")
-    median: float | None = flag(None, "Eq. 14: median in nats (default: that of the proxy margins)")
+    alpha: float | None = flag(None, "Eq. 14: scale (default: 1 sd)")
+    median: float | None = flag(None, "Eq. 14: median (default: that of the proxy margins)")
 
     sft_epochs: int | None = flag(
         None, "epochs of SFT on chosen of a fifth of the data (default: 15 built-in, else 0)"
@@ -153,6 +154,11 @@ class Settings:
             (
                 self.tau is not None and self.filter_ratio is not None,
                 "--tau and --filter_ratio both set the filter",
+            ),
+            (self.gamma and self.filter_ratio == 0, "--gamma is for a filter, --filter_ratio 0 is none"),
+            (
+                self.lambda_reg == 0 and not (self.alpha is None and self.median is None),
+                "--alpha and --median are for Eq. 14, --lambda_reg 0 switches it off",
             ),
             (self.eval_data and self.eval_share, "--eval_data and --eval_share both give held-out pairs"),
             (self.objective != "dpo" and self.label_smoothing, "--label_smoothing is for --objective dpo"),
@@ -260,10 +266,11 @@ def rmo(s: Settings, device: torch.device) -> None:
     proxy_margins = scores["proxy_chosen"] - scores["proxy_rejected"] if s.needs_proxy else base_margins
 
     # The paper's constants, tau 14, alpha 125 and lambda 2 at beta 0.1, are for margins with a standard
-    # deviation of about 142. Counted in it, as defaults, they fit other models, lengths and objectives too.
+    # deviation of about 142 (the root of Table 3's Rnd-Var). Counted in it they fit other models and lengths.
     sd = proxy_margins.std(unbiased=False).item()
     if s.needs_proxy and sd == 0:
         raise ValueError("all proxy margins are equal: there is nothing to filter, batch or amplify by")
+    constants = {"sd": sd, "lambda": 0.0}  # as used, for the record
 
     # Lines 5 and 6: Dual Denoising Filtering
     kept = torch.arange(len(pairs))
@@ -276,6 +283,7 @@ def rmo(s: Settings, device: torch.device) -> None:
                 again = f"Nothing need be trained again: --proxy {run.donor or out} --output_dir ANOTHER"
                 raise ValueError(f"{error}. {again}") from None
         kept = dual_denoising_filter(base_margins, proxy_margins, tau, gamma, generator(s.seed, "filter"))
+        constants |= {"tau": tau, "gamma": gamma}
         on_rank_0(lambda: report_filter(out, gamma, base_margins, proxy_margins, kept, tau))
     if len(kept) < s.batch_size:
         raise ValueError(f"the filter left {len(kept)} of {len(pairs)} pairs, not one batch: filter less")
@@ -296,12 +304,19 @@ def rmo(s: Settings, device: torch.device) -> None:
     if s.lambda_reg != 0:
         median = proxy_margins.double().quantile(0.5).item() if s.median is None else s.median
         alpha = sd if s.alpha is None else s.alpha
-        weight = 0.16 * alpha * s.beta if s.lambda_reg is None else s.lambda_reg
+        slope = (
+            1 / s.beta if s.objective == "ipo" else s.beta / 2
+        )  # of the objective in the margin, at the start
+        weight = 0.32 * alpha * slope if s.lambda_reg is None else s.lambda_reg
         say(f"amplification: lambda {weight:.4g}, median {median:.4g}, alpha {alpha:.4g}")
+        constants |= {"lambda": weight, "median": median, "alpha": alpha}
         amplify = functools.partial(
             objectives.margin_amplification, median=median, alpha=alpha, weight=weight
         )
         loss_of = functools.partial(loss_of, amplify=amplify)
+    if s.needs_proxy:
+        text = json.dumps(constants)
+        on_rank_0(lambda: lm.write_atomically(out / "constants.json", lambda path: path.write_text(text)))
     log = out / "metrics.jsonl"
     trained("policy", base, pairs, len(kept), s.epochs, s.lr, plan, loss_of, log=log)
     on_rank_0(lambda: shutil.rmtree(out / "checkpoint", ignore_errors=True))
@@ -382,7 +397,7 @@ def fit(
     barrier()  # every rank has read the log before one cuts it
     if log:  # steps that the checkpoint does not know will be done again
         on_rank_0(lambda: lm.write_atomically(log, lambda path: path.write_text("".join(lines[:step]))))
-    parallel = DistributedDataParallel(model) if world > 1 else model
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     batch_level = stage != "sft" and s.objective in objectives.BATCH_LEVEL
     steps_per_epoch = count // s.batch_size
     total = epochs * steps_per_epoch
@@ -521,14 +536,27 @@ def prepare(s: Settings, device: torch.device) -> Run:
 
 
 def open_donor(s: Settings, identity: dict[str, str]) -> Path | None:
-    """The folder of --proxy. Raises ValueError unless it has the same base model and data, and a proxy."""
+    """The folder of --proxy. Raises ValueError unless it has the same base model and data, and a proxy that
+    was trained as this run would train it."""
     if not s.proxy:
         return None
     donor = Path(s.proxy)
     if not (donor / "config.json").is_file():
         raise ValueError(f"--proxy {donor}: no run of train.py (no config.json)")
     theirs = evaluate.read_config(donor)
-    ours = identity | {key: getattr(s, key) for key in ("sft_epochs", "sft_lr")[: 2 if s.sft_epochs else 1]}
+    keys = ["sft_epochs"] + ["sft_lr"] * bool(s.sft_epochs)
+    if s.needs_proxy:
+        keys += [
+            "beta",
+            "label_smoothing",
+            "simpo_gamma",
+            "epochs",
+            "batch_size",
+            "lr",
+            "lora_rank",
+            "warmup",
+        ]
+    ours = identity | {key: getattr(s, key) for key in keys}
     for key, value in ours.items():
         other = (theirs["settings"] | theirs).get(key)  # a fingerprint says more than the flag of its name
         if other != value:
@@ -674,7 +702,7 @@ def report_filter(out: Path, gamma: float, base: Tensor, proxy: Tensor, kept: Te
     result |= {f"removed_{step}": mask.nonzero().flatten().tolist() for step, mask in masks.items()}
     lm.write_atomically(out / "filter.json", lambda path: path.write_text(json.dumps(result)))
     counts = ", ".join(f"{step} removed {int(mask.sum())}" for step, mask in masks.items())
-    say(f"filter: {counts} of {len(base)} pairs ({ratio:.2%}), tau {tau:.3f}")
+    say(f"filter: {counts} of {len(base)} pairs ({ratio:.2%}), tau {tau:.4g}, gamma {gamma:.4g}")
 
 
 def report_batches(epoch: int, margins: Tensor, batches: Tensor) -> None:
