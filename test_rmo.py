@@ -1392,6 +1392,8 @@ def test_one_small_step_moves_float32_weights():
     [
         ("--lorarank 3", "unknown flag --lorarank 3"),
         ("--tau 3 --filter_ratio 0.1", "--tau and --filter_ratio"),
+        ("--filter_ratio 0 --gamma 1", "--gamma is for a filter"),
+        ("--lambda_reg 0 --alpha 1", "--lambda_reg 0 switches it off"),
         ("--lr nan", "--lr nan is out of range"),
         ("--batch_size 5000", "fill no batch of 5000"),
         ("--data missing.jsonl", "missing.jsonl: no such file"),
@@ -1419,6 +1421,7 @@ def test_what_does_not_belong_together_is_refused(whole_run, tmp_path):
         ({"proxy": str(whole_run), "seed": 5}, "of another data"),
         ({"proxy": str(whole_run), "objective": "slic"}, "of another objective"),
         ({"proxy": str(whole_run), "sft_lr": 1e-5}, "sft_lr"),
+        ({"proxy": str(whole_run), "beta": 0.5}, "of another beta .1.0 there, 0.5 here"),
         ({"proxy": str(whole_run), "filter_ratio": 0.01}, "step 1 .* alone removes.*--proxy"),
     ]:
         (tmp_path / "something").touch()
