@@ -1,6 +1,6 @@
 """Train a language model with Reward Margin Optimization: Algorithm 2 of the paper, from top to bottom.
 
-    python train.py                                       # built-in model and preferences, two CPU minutes
+    python train.py                                       # built-in model and preferences, one CPU minute
     torchrun train.py --model MODEL --data PAIRS.jsonl    # one GPU
     torchrun --nproc_per_node 8 train.py --model MODEL --data PAIRS.jsonl    # eight, the same update
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...
