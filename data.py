@@ -155,8 +155,8 @@ def _recognise(row: Any, place: str) -> dict[str, Any]:
     elif all(isinstance(value, list) and value for value in values):
         talks = [row.get("prompt", []) + row["chosen"], row.get("prompt", []) + row["rejected"]]
         for message in talks[0] + talks[1]:
-            texts = [*message.values()] if isinstance(message, dict) else []
-            if not (texts and set(message) == {"role", "content"} and all(isinstance(t, str) for t in texts)):
+            fits = isinstance(message, dict) and message.keys() == {"role", "content"}
+            if not (fits and all(isinstance(value, str) for value in message.values())):
                 shape = "{role: text, content: text}"
                 raise ValueError(f"{place}: a message must be {shape}, not {str(message)[:80]}")
         prompts, answers = [talk[:-1] for talk in talks], [talk[-1] for talk in talks]
@@ -453,8 +453,20 @@ TOPICS = {
     "tea": ("fresh leaves", "hot water", "a thin cup", "three minutes"),
     "camping": ("a dry tent", "warm blankets", "fire wood", "a flat place"),
 }
-QUESTIONS = "How do I start with {}?|What matters most in {}?|Give me advice about {}.|Can you teach me {}?"
-ASKERS = "|I am new here. |My sister asks. |This is for school. |I tried it once. |I have one hour. "
+QUESTIONS = (
+    "How do I start with {}?",
+    "What matters most in {}?",
+    "Give me advice about {}.",
+    "Can you teach me {}?",
+)
+ASKERS = (
+    "",
+    "I am new here. ",
+    "My sister asks. ",
+    "This is for school. ",
+    "I tried it once. ",
+    "I have one hour. ",
+)
 POLITE = ("I am happy to help.", "Good question.", "I hope this helps.", "Enjoy it.")
 RUDE = ("That is a silly question.", "I do not care.", "Go and ask someone else.")
 FILLER = ("There are many ways to see it.", "People often talk about this.", "It depends on many things.")
@@ -486,8 +498,7 @@ def true_reward(prompt: str, response: str) -> float:
 
 
 def _prompts() -> list[str]:
-    questions, askers = QUESTIONS.split("|"), ASKERS.split("|")
-    return [asker + question.format(topic) for topic in TOPICS for question in questions for asker in askers]
+    return [asker + question.format(topic) for topic in TOPICS for question in QUESTIONS for asker in ASKERS]
 
 
 def builtin_texts() -> list[str]:

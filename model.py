@@ -369,18 +369,23 @@ def score_pairs(
 ) -> Tensor:
     """log pi(y|x) of chosen and rejected of N pairs: [N, 2], float32, on the CPU and the same on every rank.
 
-    batches: data.scoring_batches of this rank; each pair is written by its index. names: of the pairs, [N].
-    label: of the progress bar, if one is wanted. Raises ValueError with the names of pairs whose score is not
-    finite.
+    batches: data.scoring_batches of this rank. Each pair is written by its index, exactly once over all
+    ranks. names: of the pairs, [N]. label: of the progress bar, if one is wanted. Raises ValueError with the
+    names of pairs whose score is not finite.
     """
     device, parallel = next(model.parameters()).device, dist.is_initialized()
     scores, silent = torch.zeros(len(names), 2, device=device), parallel and dist.get_rank() > 0
+    written = torch.zeros(len(names), device=device)
     with tqdm(total=len(names), desc=label, unit="pair", disable=silent or not label) as bar:
         for index, batch in batches:
             scores[index] = sequence_logps(model, to_device(batch, device))
+            written[index] += 1
             bar.update(len(index) * (dist.get_world_size() if parallel else 1))
     if parallel:
         dist.all_reduce(scores)
+        dist.all_reduce(written)
+    if not (written == 1).all():
+        raise RuntimeError(f"{int((written != 1).sum())} of {len(names)} pairs were not scored exactly once")
     if bad := (~scores.isfinite()).any(1).nonzero().flatten().tolist():
         of, which = f"{len(bad)} of {len(names)} pairs", ", ".join(names[i] for i in bad[:8])
         raise ValueError(f"{of} have no finite log-probability: {which}; look at them")

@@ -315,8 +315,7 @@ def rmo(s: Settings, device: torch.device) -> None:
         )
         loss_of = functools.partial(loss_of, amplify=amplify)
     if s.needs_proxy:
-        text = json.dumps(constants)
-        on_rank_0(lambda: lm.write_atomically(out / "constants.json", lambda path: path.write_text(text)))
+        on_rank_0(lambda: evaluate.write_json(out / "constants.json", constants))
     log = out / "metrics.jsonl"
     trained("policy", base, pairs, len(kept), s.epochs, s.lr, plan, loss_of, log=log)
     on_rank_0(lambda: shutil.rmtree(out / "checkpoint", ignore_errors=True))
@@ -546,16 +545,7 @@ def open_donor(s: Settings, identity: dict[str, str]) -> Path | None:
     theirs = evaluate.read_config(donor)
     keys = ["sft_epochs"] + ["sft_lr"] * bool(s.sft_epochs)
     if s.needs_proxy:
-        keys += [
-            "beta",
-            "label_smoothing",
-            "simpo_gamma",
-            "epochs",
-            "batch_size",
-            "lr",
-            "lora_rank",
-            "warmup",
-        ]
+        keys += "beta label_smoothing simpo_gamma epochs batch_size lr lora_rank warmup".split()
     ours = identity | {key: getattr(s, key) for key in keys}
     for key, value in ours.items():
         other = (theirs["settings"] | theirs).get(key)  # a fingerprint says more than the flag of its name
