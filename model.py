@@ -12,16 +12,13 @@ Weights are float32 (bf16 autocast on CUDA), dropout is off, only safetensors ar
 run.
 """
 
-import ctypes
 import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,6 @@ import torch
 import torch.distributed as dist
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -239,40 +235,65 @@ def fast_products() -> bool:
     return exact
 
 
-def checkpoint_activations(model: nn.Module, full: bool) -> None:
-    """Keep fewer activations for the backward pass, which computes the others again.
+class Product(torch.autograd.Function):
+    """x W^T + b, whose backward pass adds to W.grad inside the matrix product."""
 
-    full: keep each layer's input only, for a third more time. Otherwise, on a CPU, keep what matrix products
-    and attention gave and compute the rest, norms and elementwise work, again: under half of the memory, for
-    a few percent. Tiny models, which have no memory to save, are left as they are.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight = weight  # itself, not a saved copy of it, since its .grad is needed
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        rows, columns = slope.flatten(0, -2).T, x.flatten(0, -2)
+        if weight.grad is None:
+            weight.grad = rows @ columns
+        else:
+            weight.grad.addmm_(rows, columns)
+        return slope @ weight, None, rows.sum(1) if ctx.needs_input_grad[2] else None
+
+
+class Lookup(torch.autograd.Function):
+    """Rows of W, whose backward pass adds to the same rows of W.grad."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding: int | None) -> Tensor:
+        ctx.weight, ctx.ids, ctx.padding = weight, ids, padding
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[None, ...]:
+        if ctx.padding is not None:  # nn.Embedding leaves that row alone
+            slope = slope.masked_fill((ctx.ids == ctx.padding)[..., None], 0)
+        if ctx.weight.grad is None:
+            ctx.weight.grad = torch.zeros_like(ctx.weight)
+        ctx.weight.grad.index_add_(0, ctx.ids.flatten(), slope.flatten(0, -2))
+        return None, None, None
+
+
+class LinearInPlace(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return Product.apply(x, self.weight, self.bias)
+
+
+class EmbeddingInPlace(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return Lookup.apply(self.weight, ids, self.padding_idx)
+
+
+def accumulate_in_place(model: nn.Module) -> None:
+    """Let the backward pass add a micro-batch's gradients to .grad where they are computed.
+
+    PyTorch writes each weight's gradient into new memory and adds it to .grad afterwards; a tied embedding's
+    three times. For micro-batches of a few hundred tokens that costs a tenth of the step. Float32 and one
+    rank only: under autocast .grad has another type than the products, and DDP wants to see the gradients.
     """
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if full:
-        model.activation_checkpointing_enable(options)
-        return
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    if not (on_cpu and model.supports_gradient_checkpointing and model.num_parameters() > 10**7):
-        return
-    aten = torch.ops.aten
-    products = [aten.mm.default, aten.addmm.default, aten.bmm.default]
-    products += [aten._scaled_dot_product_flash_attention_for_cpu.default]
-    options["context_fn"] = partial(create_selective_checkpoint_contexts, products)
-    model.activation_checkpointing_enable(options)
-
-    def when_backward_arrives(module: nn.Module, args: Any, output: Tensor) -> None:
-        if output.requires_grad:  # not under LoRA
-            output.register_hook(return_freed_memory)
-
-    # the embedding's gradient, the largest, comes when the activations are gone
-    model.get_input_embeddings().register_forward_hook(when_backward_arrives)
-
-
-def return_freed_memory(*_: Any) -> None:
-    """Give freed memory back to the system. glibc keeps it otherwise, in holes that the next micro-batch, of
-    other shapes, does not fit into."""
-    if sys.platform == "linux":
-        with suppress(AttributeError, OSError):  # a C library without it
-            ctypes.CDLL(None).malloc_trim(0)
+    kinds = {nn.Linear: LinearInPlace, nn.Embedding: EmbeddingInPlace}
+    for module in model.modules():
+        if type(module) in kinds and module.weight.requires_grad:
+            module.__class__ = kinds[type(module)]
 
 
 def product_weights(model: nn.Module) -> tuple[int, int]:
@@ -303,19 +324,30 @@ def autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-def token_logps(logits: Tensor, predictor: Tensor, target: Tensor) -> Tensor:
-    """log softmax(logits)[predictor, target], in float32. logits [K, V]; predictor, target [S] -> [S].
+class TokenLogps(torch.autograd.Function):
+    """log softmax(logits)[predictor, target] in float32, without a second tensor of the logits' size.
 
-    Many tokens go in parts, computed again for their gradients: float32 never holds all of them.
+    logits [K, V]; predictor, target [S] -> [S]. The backward pass writes the gradient over the logits, so it
+    can run once only; 256 rows at a time are in float32.
     """
 
-    def part(p: Tensor, t: Tensor) -> Tensor:
-        return logits[p].float().log_softmax(dim=-1).gather(1, t[:, None]).squeeze(1)
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, predictor: Tensor, target: Tensor) -> Tensor:
+        log_sums = torch.cat([rows.float().logsumexp(dim=1) for rows in logits.split(256)])  # [K]
+        ctx.save_for_backward(logits, predictor, target, log_sums)
+        return logits[predictor, target].float() - log_sums[predictor]
 
-    if len(target) <= 1024:
-        return logits.float().log_softmax(dim=-1)[predictor, target]
-    parts = zip(predictor.split(1024), target.split(1024))
-    return torch.cat([checkpoint(part, p, t, use_reentrant=False) for p, t in parts])
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        logits, predictor, target, log_sums = ctx.saved_tensors
+        total = torch.zeros_like(log_sums).index_add(0, predictor, slope)  # [K]
+        for k, rows in zip(range(0, len(logits), 256), logits.split(256)):
+            part = slice(k, k + len(rows))
+            gradient = rows.float().sub_(log_sums[part, None]).exp_().mul_(-total[part, None])  # [256, V]
+            here = predictor.clamp(k, k + len(rows) - 1)
+            gradient.index_put_((here - k, target), slope.where(predictor == here, 0), accumulate=True)
+            rows.copy_(gradient)  # nothing to do in float32, where they are the same
+        return logits, None, None
 
 
 def sequence_logps(model: nn.Module, batch: dict[str, Tensor], exact: bool = False) -> Tensor:
@@ -328,7 +360,7 @@ def sequence_logps(model: nn.Module, batch: dict[str, Tensor], exact: bool = Fal
         logits = model(**inputs, logits_to_keep=batch["keep"], use_cache=False).logits  # [K, V]
     if logits.dim() == 3:
         logits = logits[batch["keep"]]  # from a model that ignores logits_to_keep
-    logps = token_logps(logits, batch["predictor"], batch["target"])  # [S]
+    logps = TokenLogps.apply(logits, batch["predictor"], batch["target"])  # [S]
     sums = logps.new_zeros(batch["lengths"].numel()).index_add(0, batch["owner"], logps)
     return sums.view(-1, 2)  # [B, 2]
 

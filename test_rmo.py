@@ -388,7 +388,7 @@ def tiny(kind):
     """A tiny model with weights large enough that a wrong mask shows."""
     torch.manual_seed(0)
     model = {
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**TINY, num_key_value_heads=2)),
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**TINY, num_key_value_heads=2, pad_token_id=2)),
         "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**TINY)),
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**TINY, num_key_value_heads=2)),
         "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2, **NO_DROPOUT)),
@@ -421,8 +421,10 @@ def naive_scores(model, pairs):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "qwen2", "gpt2"])
-@pytest.mark.parametrize("how", ["plain", "lora", "keep products", "keep nothing", "lora, keep products"])
-def test_shared_prompt_gives_the_naive_scores_and_gradients(kind, how, monkeypatch):
+@pytest.mark.parametrize(
+    "how", ["plain", "lora", "in place", "checkpointed", "in place, checkpointed", "lora, checkpointed"]
+)
+def test_shared_prompt_gives_the_naive_scores_and_gradients(kind, how):
     if kind == "gpt2" and "lora" in how:
         with pytest.raises(ValueError, match="no nn.Linear"):
             lm.add_lora(tiny(kind), 2, 0)
@@ -433,19 +435,25 @@ def test_shared_prompt_gives_the_naive_scores_and_gradients(kind, how, monkeypat
         for layer in model.modules():
             if isinstance(layer, lm.LoRALinear):
                 layer.b.data.normal_(0, 0.2, generator=seeded())
-    if "keep" in how:
-        monkeypatch.setattr(model, "num_parameters", lambda: 10**9)  # tiny models are left alone
-        lm.checkpoint_activations(model, full=how == "keep nothing")
-        assert model.is_activation_checkpointing
+    if "checkpointed" in how:
+        model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     weights = [p for p in model.parameters() if p.requires_grad]
     naive = naive_scores(model, pairs)
     wanted = torch.autograd.grad(F.softplus(naive[:, 1] - naive[:, 0]).sum(), weights)
+    if "in place" in how:
+        lm.accumulate_in_place(model)
+        assert (
+            sum(isinstance(layer, (lm.LinearInPlace, lm.EmbeddingInPlace)) for layer in model.modules()) > 1
+        )
     for shared in (True, False):
-        ours = lm.sequence_logps(model, data.collate(pairs, shared))
-        assert torch.allclose(ours.double(), naive, rtol=1e-4)
-        got = torch.autograd.grad(F.softplus(ours[:, 1] - ours[:, 0]).sum(), weights)
-        for a, b in zip(got, wanted):
-            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+        model.zero_grad()
+        for micro_batch in (pairs[:1], pairs[1:3], pairs[3:]):
+            ours = lm.sequence_logps(model, data.collate(micro_batch, shared))
+            rows = slice(pairs.index(micro_batch[0]), pairs.index(micro_batch[-1]) + 1)
+            assert torch.allclose(ours.double(), naive[rows], rtol=1e-4)
+            F.softplus(ours[:, 1] - ours[:, 0]).sum().backward()
+        for weight, slope in zip(weights, wanted):
+            assert torch.allclose(weight.grad, slope, rtol=1e-4, atol=1e-5)
 
 
 @slow
@@ -512,14 +520,20 @@ def test_scores_do_not_depend_on_padding_other_rows_or_micro_batches():
     assert all(len(g) == 1 or len(g) * max(pairs[i].size for i in g) <= 40 for g in groups)
 
 
-def test_log_probabilities_in_parts_are_those_of_the_whole():
-    logits = torch.randn(900, 50, generator=seeded(), requires_grad=True)
-    predictor = torch.randint(900, (3000,), generator=seeded()).sort().values
+def test_token_log_probabilities_are_log_softmax_and_its_gradient():
+    leaf = torch.randn(900, 50, generator=seeded(), requires_grad=True)
+    predictor = torch.randint(900, (3000,), generator=seeded())
     target = torch.randint(50, (3000,), generator=seeded())
-    whole, parts = logits.log_softmax(1)[predictor, target], lm.token_logps(logits, predictor, target)
-    assert torch.allclose(parts, whole, rtol=1e-5)
-    slopes = [torch.autograd.grad((x * x).sum(), logits)[0] for x in (whole, parts)]
-    assert torch.allclose(*slopes, rtol=1e-4, atol=1e-5)
+    for dtype, rtol in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        logits = leaf.to(dtype)  # rounded before the softmax, and its gradient once behind it
+        plain = logits.float().log_softmax(1)[predictor, target]
+        wanted = torch.autograd.grad((plain * plain).sum(), leaf, retain_graph=True)[0]
+        ours = lm.TokenLogps.apply(logits * 1, predictor, target)
+        assert ours.dtype == torch.float32 and torch.allclose(ours, plain, rtol=1e-5)
+        slope = torch.autograd.grad((ours * ours).sum(), leaf, retain_graph=True)[0]
+        assert torch.allclose(slope, wanted, rtol=rtol, atol=1e-4)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            ours.sum().backward()
 
 
 def test_fast_products_are_float32():
