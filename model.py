@@ -212,7 +212,7 @@ def merge_lora(model: nn.Module) -> None:
         model.set_submodule(name, layer.merged())
 
 
-# -------------------------------------------------------------------------------------------------- log-probs
+# ------------------------------------------------------------------------------------------------------ speed
 
 
 def fast_products() -> bool:
@@ -288,7 +288,8 @@ def accumulate_in_place(model: nn.Module) -> None:
 
     PyTorch writes each weight's gradient into new memory and adds it to .grad afterwards; a tied embedding's
     three times. For micro-batches of a few hundred tokens that costs a tenth of the step. Float32 and one
-    rank only: under autocast .grad has another type than the products, and DDP wants to see the gradients.
+    rank only: under autocast .grad has another type than the products, and DDP wants to see the gradients,
+    which torch.autograd.grad does not either.
     """
     kinds = {nn.Linear: LinearInPlace, nn.Embedding: EmbeddingInPlace}
     for module in model.modules():
@@ -309,7 +310,7 @@ def product_weights(model: nn.Module) -> tuple[int, int]:
 
 def product_speed(device: torch.device) -> float:
     """Floating-point operations a second of one large matrix product, the best of five."""
-    n, seconds = 8192 if device.type == "cuda" else 2048, []
+    n, seconds = 8192 if device.type == "cuda" else 1024, []
     a = torch.ones(n, n, device=device)
     for _ in range(5):
         started = time.perf_counter()
@@ -322,6 +323,9 @@ def product_speed(device: torch.device) -> float:
 def autocast(device: torch.device) -> AbstractContextManager:
     """bf16 where it is fast (CUDA); the weights stay float32."""
     return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+# -------------------------------------------------------------------------------------------------- log-probs
 
 
 class TokenLogps(torch.autograd.Function):

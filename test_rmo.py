@@ -1297,10 +1297,20 @@ def test_killed_forty_times_at_any_moment_ends_the_same(whole_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "ranks, batch_size", [(2, 15), (3, 2)]
-)  # 15 = 8 + 7; with three ranks one has no pair at all
-def test_several_ranks_end_with_the_weights_of_one(ranks, batch_size, tmp_path):
-    settings = {"limit": 60, "batch_size": batch_size, "sft_epochs": 0, "filter_ratio": 0.5, "lr": 1e-5}
+    "ranks, batch_size, limit", [(2, 15, 60), (3, 2, 20)]
+)  # a third rank has no pair at all
+def test_several_ranks_end_with_the_weights_of_one(ranks, batch_size, limit, tmp_path):
+    rows = [
+        {key: row[key] for key in ("prompt", "chosen", "rejected")}
+        for row in data.synthetic_preferences(60, 0)
+    ]
+    rows = [row | {side: [row[side]] for side in ("chosen", "rejected")} for row in rows]
+    settings = {
+        "data": write(tmp_path / "pairs.jsonl", rows),
+        "eval_data": str(tmp_path / "pairs.jsonl"),
+        "limit": limit,
+    }
+    settings |= {"batch_size": batch_size, "sft_epochs": 0, "filter_ratio": 0.5, "lr": 1e-5}
     child = torchrun(ranks, output_dir=tmp_path / "several", **settings)
     one = run(tmp_path / "one", **settings)
     told = child.communicate()[0]
