@@ -437,6 +437,7 @@ def test_shared_prompt_gives_the_naive_scores_and_gradients(kind, how):
                 layer.b.data.normal_(0, 0.2, generator=seeded())
     if "checkpointed" in how:
         model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        assert model.is_activation_checkpointing
     weights = [p for p in model.parameters() if p.requires_grad]
     naive = naive_scores(model, pairs)
     wanted = torch.autograd.grad(F.softplus(naive[:, 1] - naive[:, 0]).sum(), weights)
@@ -1298,7 +1299,7 @@ def test_killed_forty_times_at_any_moment_ends_the_same(whole_run, tmp_path):
 
 @pytest.mark.parametrize(
     "ranks, batch_size, limit", [(2, 15, 60), (3, 2, 20)]
-)  # a third rank has no pair at all
+)  # 15 = 8 + 7; with three ranks one has no pair at all
 def test_several_ranks_end_with_the_weights_of_one(ranks, batch_size, limit, tmp_path):
     rows = [
         {key: row[key] for key in ("prompt", "chosen", "rejected")}
