@@ -26,8 +26,10 @@ import torch
 import torch.distributed as dist
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -35,6 +37,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 BUILTIN, BUILTIN_VOCABULARY = "built-in", 640
 CHECKSUMS = "checksums.json"  # the last file of a model folder that a run wrote
@@ -232,7 +235,17 @@ def fast_products() -> bool:
     error = ((a @ b).double() - a.double() @ b.double()).abs().max().item()
     exact = error < 1e-3  # bf16 would be off by 0.1, float32 by 1e-5
     torch.backends.mkldnn.matmul.fp32_precision = "bf16" if exact else "ieee"
+    AttentionInterface.register("sdpa", attention if exact else sdpa_attention_forward)
     return exact
+
+
+def attention(module: nn.Module, query: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, None]:
+    """transformers' attention, in plain products where rows are short; query: [B, heads, T, width].
+
+    PyTorch's fused kernel has MKL multiply; it pays for long rows, where it need not store [T, T].
+    """
+    with sdpa_kernel(SDPBackend.MATH) if query.shape[2] <= 384 else nullcontext():
+        return sdpa_attention_forward(module, query, *rest, **options)
 
 
 class Product(torch.autograd.Function):

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import tensor
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
@@ -45,6 +46,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import batching
 import data
@@ -537,15 +539,30 @@ def test_token_log_probabilities_are_log_softmax_and_its_gradient():
             ours.sum().backward()
 
 
-def test_fast_products_are_float32():
-    batch, model = data.collate(some_pairs()), lm.builtin_model(0)
-    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
-    plain = lm.sequence_logps(model, batch)
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_fast_products_and_attention_give_the_plain_scores_and_gradients(kind, checkpointed):
+    model, pairs = tiny(kind), some_pairs()
+    pairs[0] = pairs[0]._replace(prompt=list(range(2, 64)) * 7)  # long enough for the fused kernel
+    batches = [data.collate(pairs[:1]), data.collate(pairs[1:])]
+    if checkpointed:
+        model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+
+    def results():
+        model.zero_grad()
+        scores = torch.cat([lm.sequence_logps(model, batch) for batch in batches])
+        F.softplus(scores[:, 1] - scores[:, 0]).sum().backward()
+        return [scores] + [weight.grad for weight in model.parameters()]
+
+    plain, attention = results(), AttentionInterface()
+    assert attention["sdpa"] is not lm.attention
     try:
-        lm.fast_products()
-        assert torch.allclose(lm.sequence_logps(model, batch), plain, rtol=1e-6)
+        assert lm.fast_products() == (attention["sdpa"] is lm.attention)
+        for ours, wanted in zip(results(), plain):
+            assert (ours - wanted).norm() <= 1e-4 * wanted.norm()
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+        AttentionInterface.register("sdpa", sdpa_attention_forward)
 
 
 def test_scores_that_are_not_finite_are_refused():
