@@ -244,7 +244,7 @@ def attention(module: nn.Module, query: Tensor, *rest: Any, **options: Any) -> t
 
     PyTorch's fused kernel has MKL multiply; it pays for long rows, where it need not store [T, T].
     """
-    with sdpa_kernel(SDPBackend.MATH) if query.shape[2] <= 384 else nullcontext():
+    with sdpa_kernel(SDPBackend.MATH) if query.shape[2] <= 256 else nullcontext():
         return sdpa_attention_forward(module, query, *rest, **options)
 
 

@@ -459,6 +459,12 @@ def test_shared_prompt_gives_the_naive_scores_and_gradients(kind, how):
             assert torch.allclose(weight.grad, slope, rtol=1e-4, atol=1e-5)
 
 
+def plain_products():
+    """Undo lm.fast_products."""
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    AttentionInterface.register("sdpa", sdpa_attention_forward)
+
+
 @slow
 def test_scoring_is_faster_than_a_naive_padded_pass(capsys):
     """RMO_MODEL=MODEL RMO_DATA=PAIRS.jsonl RMO_SLOW=1 pytest -k naive_padded: 48 of the pairs, both ways in turn."""
@@ -466,15 +472,15 @@ def test_scoring_is_faster_than_a_naive_padded_pass(capsys):
         pytest.skip("set RMO_MODEL and RMO_DATA: a model that takes seconds, and preference pairs")
     tokenizer, model = lm.load_tokenizer(os.environ["RMO_MODEL"]), lm.load_model(os.environ["RMO_MODEL"])
     pairs, _ = data.tokenize_preferences(data.read_preferences(os.environ["RMO_DATA"], 48), tokenizer, 512)
-    products = torch.backends.mkldnn.matmul
 
     def ours():
         lm.fast_products()
-        return lm.score_pairs(model, data.scoring_batches(pairs, 512), [p.source for p in pairs])
+        return lm.score_pairs(model, data.scoring_batches(pairs, 384), [p.source for p in pairs])
 
     @torch.no_grad()
     def naive():
-        products.fp32_precision, scores = "ieee", []
+        plain_products()
+        scores = []
         for k in range(0, len(pairs), 8):  # 8 pairs, 16 padded rows
             rows = [(p.prompt, response) for p in pairs[k : k + 8] for response in (p.chosen, p.rejected)]
             ids = torch.nn.utils.rnn.pad_sequence([tensor(a + b) for a, b in rows], batch_first=True)
@@ -484,13 +490,16 @@ def test_scoring_is_faster_than_a_naive_padded_pass(capsys):
             scores += [logps[i, len(a) - 1 : len(a + b) - 1].sum() for i, (a, b) in enumerate(rows)]
         return torch.stack(scores).view(-1, 2)
 
-    seconds = {ours: [], naive: []}
+    seconds, threads = {ours: [], naive: []}, torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
     for _ in range(3):
         for way in seconds:
             started = time.perf_counter()
             scores = way()
             seconds[way].append(time.perf_counter() - started)
     assert torch.allclose(ours(), scores, rtol=1e-4, atol=1e-2)
+    torch.set_num_threads(threads)
+    plain_products()
     a, b = (sorted(seconds[way])[1] / len(pairs) for way in (ours, naive))
     with capsys.disabled():
         print(f"\nscoring: {a:.3f} s a pair, naive {b:.3f}: {b / a:.2f} x; all seconds {[*seconds.values()]}")
@@ -561,8 +570,7 @@ def test_fast_products_and_attention_give_the_plain_scores_and_gradients(kind, c
         for ours, wanted in zip(results(), plain):
             assert (ours - wanted).norm() <= 1e-4 * wanted.norm()
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
-        AttentionInterface.register("sdpa", sdpa_attention_forward)
+        plain_products()
 
 
 def test_scores_that_are_not_finite_are_refused():

@@ -135,7 +135,7 @@ class Settings:
     )
     gradient_checkpointing: bool = flag(False, "keep no activations: less memory, a third more time")
     micro_batch_tokens: int | None = flag(
-        None, "tokens in a forward pass (default: CUDA 16384, CPU 512, built-in 2048)"
+        None, "tokens in a forward pass (default: CUDA 16384, CPU 384, built-in 2048)"
     )
     save_steps: int = flag(100, "optimizer steps between checkpoints: the most that a crash can cost")
     seed: int = flag(0, "of data splits, filter draw, batches and initial weights")
@@ -148,7 +148,7 @@ class Settings:
             "sft_epochs": 15 if builtin else 0,
             "sft_lr": 3e-3 if builtin else 2e-5,
             "lr": 2e-4 if builtin else 5e-5 if self.lora_rank else 1e-6,
-            "micro_batch_tokens": 16384 if torch.cuda.is_available() else 2048 if builtin else 512,
+            "micro_batch_tokens": 16384 if torch.cuda.is_available() else 2048 if builtin else 384,
         }
         for wrong, why in (
             (
