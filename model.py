@@ -345,12 +345,12 @@ class TokenLogps(torch.autograd.Function):
     """log softmax(logits)[predictor, target] in float32, without a second tensor of the logits' size.
 
     logits [K, V]; predictor, target [S] -> [S]. The backward pass writes the gradient over the logits, so it
-    can run once only; 256 rows at a time are in float32.
+    can run once only; 64 rows at a time are in float32.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, predictor: Tensor, target: Tensor) -> Tensor:
-        log_sums = torch.cat([rows.float().logsumexp(dim=1) for rows in logits.split(256)])  # [K]
+        log_sums = torch.cat([rows.float().logsumexp(dim=1) for rows in logits.split(64)])  # [K]
         ctx.save_for_backward(logits, predictor, target, log_sums)
         return logits[predictor, target].float() - log_sums[predictor]
 
@@ -358,9 +358,9 @@ class TokenLogps(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
         logits, predictor, target, log_sums = ctx.saved_tensors
         total = torch.zeros_like(log_sums).index_add(0, predictor, slope)  # [K]
-        for k, rows in zip(range(0, len(logits), 256), logits.split(256)):
+        for k, rows in zip(range(0, len(logits), 64), logits.split(64)):
             part = slice(k, k + len(rows))
-            gradient = rows.float().sub_(log_sums[part, None]).exp_().mul_(-total[part, None])  # [256, V]
+            gradient = rows.float().sub_(log_sums[part, None]).exp_().mul_(-total[part, None])  # [64, V]
             here = predictor.clamp(k, k + len(rows) - 1)
             gradient.index_put_((here - k, target), slope.where(predictor == here, 0), accumulate=True)
             rows.copy_(gradient)  # nothing to do in float32, where they are the same
