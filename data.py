@@ -19,8 +19,10 @@ import hashlib
 import json
 import random
 import re
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,11 +69,8 @@ def read_preferences(source: str, limit: int | None = None) -> list[dict[str, An
         path = _download(source)
     if not path.is_file():
         raise ValueError(f"{source}: no such file; give a .json or .jsonl file, .gz of these, or a hub id")
-    rows = []
-    for place, value in _json_values(path):
-        if limit is not None and len(rows) == limit:
-            break
-        rows.append(_recognise(value, place) | {"source": place})
+    values = islice(_json_values(path), limit)
+    rows = [_recognise(value, place) | {"source": place} for place, value in values]
     if not rows:
         raise ValueError(f"{source}: holds no pairs; {FORMATS}")
     return rows
@@ -318,13 +317,11 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
 def split_by_prompt(pairs: list[Pair], shares: tuple[float, ...], seed: int) -> list[list[Pair]]:
     """Disjoint parts of about these shares, and the rest last. A prompt's part depends on (seed, prompt)
     alone, so pairs with the same prompt stay together and no other pair, nor the order, matters."""
+    ends = list(accumulate(shares))
     parts: list[list[Pair]] = [[] for _ in (*shares, 1)]
     for pair in pairs:
         place = int.from_bytes(hashlib.sha256(f"{seed} {pair.prompt}".encode()).digest()[:8]) / 2**64
-        part = 0
-        while part < len(shares) and place >= sum(shares[: part + 1]):
-            part += 1
-        parts[part].append(pair)
+        parts[bisect(ends, place)].append(pair)
     return parts
 
 
@@ -479,20 +476,17 @@ def true_reward(prompt: str, response: str) -> float:
     Eq. 3.
 
     +0.8 for each detail of the topic asked about, -0.8 for one of another topic, +0.8 for politeness, -1
-    for rudeness, -0.2 for filler, and -0.5 for a sentence said again or unknown (made-up words).
+    for rudeness, -0.2 for filler, and -0.5 for a sentence said again or unknown (made-up words). The topic is
+    the first of TOPICS whose letters are in the prompt, so "Can you teach me camping?" asks about tea.
     """
     details = next((details for topic, details in TOPICS.items() if topic in prompt), ())
-    others = {detail for other in TOPICS.values() for detail in other} - set(details)
+    worth = dict.fromkeys(POLITE, 0.8) | dict.fromkeys(RUDE, -1.0) | dict.fromkeys(FILLER, -0.2)
+    for detail in chain(*TOPICS.values()):
+        value = 0.8 if detail in details else -0.8
+        worth |= {f"You need {detail}.": value, f"You need {detail}": value}
     reward, said = 0.0, set()
-    for sentence in re.findall(r"[^.]+\.?", response.strip()):
-        sentence = sentence.strip()
-        detail = (
-            sentence.removeprefix("You need ").removesuffix(".") if sentence.startswith("You need ") else None
-        )
-        worth = 0.8 if detail in details else -0.8 if detail in others else None
-        for kind, value in ((POLITE, 0.8), (RUDE, -1.0), (FILLER, -0.2)):
-            worth = value if sentence in kind else worth
-        reward += -0.5 if worth is None or sentence in said else worth
+    for sentence in map(str.strip, re.findall(r"[^.]+\.?", response.strip())):
+        reward += -0.5 if sentence in said else worth.get(sentence, -0.5)
         said.add(sentence)
     return reward
 

@@ -19,6 +19,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,7 @@ class Product(torch.autograd.Function):
     """x W^T + b, whose backward pass adds to W.grad inside the matrix product."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight = weight  # itself, not a saved copy of it, since its .grad is needed
         return nn.functional.linear(x, weight, bias)
@@ -265,15 +266,15 @@ class Product(torch.autograd.Function):
             weight.grad = rows @ columns
         else:
             weight.grad.addmm_(rows, columns)
-        return slope @ weight, None, rows.sum(1) if ctx.needs_input_grad[2] else None
+        return None, rows.sum(1) if ctx.needs_input_grad[1] else None, slope @ weight
 
 
 class Lookup(torch.autograd.Function):
     """Rows of W, whose backward pass adds to the same rows of W.grad."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding: int | None) -> Tensor:
-        ctx.weight, ctx.ids, ctx.padding = weight, ids, padding
+    def forward(ctx: Any, weight: Tensor, padding: int | None, ids: Tensor) -> Tensor:
+        ctx.weight, ctx.padding, ctx.ids = weight, padding, ids
         return nn.functional.embedding(ids, weight)
 
     @staticmethod
@@ -286,28 +287,20 @@ class Lookup(torch.autograd.Function):
         return None, None, None
 
 
-class LinearInPlace(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return Product.apply(x, self.weight, self.bias)
-
-
-class EmbeddingInPlace(nn.Embedding):
-    def forward(self, ids: Tensor) -> Tensor:
-        return Lookup.apply(self.weight, ids, self.padding_idx)
-
-
-def accumulate_in_place(model: nn.Module) -> None:
-    """Let the backward pass add a micro-batch's gradients to .grad where they are computed.
+def accumulate_in_place(model: nn.Module) -> int:
+    """Let the backward pass add a micro-batch's gradients to .grad where it makes them; in how many layers?
 
     PyTorch writes each weight's gradient into new memory and adds it to .grad afterwards; a tied embedding's
     three times. For micro-batches of a few hundred tokens that costs a tenth of the step. Float32 and one
     rank only: under autocast .grad has another type than the products, and DDP wants to see the gradients,
     which torch.autograd.grad does not either.
     """
-    kinds = {nn.Linear: LinearInPlace, nn.Embedding: EmbeddingInPlace}
-    for module in model.modules():
-        if type(module) in kinds and module.weight.requires_grad:
-            module.__class__ = kinds[type(module)]
+    kinds = {nn.Linear: (Product, "bias"), nn.Embedding: (Lookup, "padding_idx")}
+    layers = [m for m in model.modules() if type(m) in kinds and m.weight.requires_grad]
+    for layer in layers:
+        function, other = kinds[type(layer)]
+        layer.forward = partial(function.apply, layer.weight, getattr(layer, other))
+    return len(layers)
 
 
 def product_weights(model: nn.Module) -> tuple[int, int]:
