@@ -150,27 +150,19 @@ class Settings:
             "lr": 2e-4 if builtin else 5e-5 if self.lora_rank else 1e-6,
             "micro_batch_tokens": 16384 if torch.cuda.is_available() else 2048 if builtin else 384,
         }
-        for wrong, why in (
-            (
-                self.tau is not None and self.filter_ratio is not None,
-                "--tau and --filter_ratio both set the filter",
-            ),
-            (self.gamma and self.filter_ratio == 0, "--gamma is for a filter, --filter_ratio 0 is none"),
-            (
-                self.lambda_reg == 0 and not (self.alpha is None and self.median is None),
-                "--alpha and --median are for Eq. 14, --lambda_reg 0 switches it off",
-            ),
-            (self.eval_data and self.eval_share, "--eval_data and --eval_share both give held-out pairs"),
-            (self.objective != "dpo" and self.label_smoothing, "--label_smoothing is for --objective dpo"),
-            (
-                self.objective != "simpo" and self.simpo_gamma is not None,
-                "--simpo_gamma is for --objective simpo",
-            ),
-            (
-                self.batching == "random" and self.batch_margins == "policy",
-                "--batching random uses no --batch_margins",
-            ),
-        ):
+        constants = (self.alpha is not None or self.median is not None) and self.lambda_reg == 0
+        target = self.simpo_gamma is not None and self.objective != "simpo"
+        batches = self.batching, self.batch_margins
+        conflicts = {
+            "--tau and --filter_ratio both set the filter": None not in (self.tau, self.filter_ratio),
+            "--gamma is for a filter, --filter_ratio 0 is none": self.gamma and self.filter_ratio == 0,
+            "--alpha and --median are for Eq. 14, --lambda_reg 0 switches it off": constants,
+            "--eval_data and --eval_share both give held-out pairs": self.eval_data and self.eval_share,
+            "--label_smoothing is for --objective dpo": self.label_smoothing and self.objective != "dpo",
+            "--simpo_gamma is for --objective simpo": target,
+            "--batching random uses no --batch_margins": batches == ("random", "policy"),
+        }
+        for why, wrong in conflicts.items():
             if wrong:
                 raise ValueError(f"{why}: give one of them")
         for name, value in defaults.items():
@@ -304,10 +296,8 @@ def rmo(s: Settings, device: torch.device) -> None:
     if s.lambda_reg != 0:
         median = proxy_margins.double().quantile(0.5).item() if s.median is None else s.median
         alpha = sd if s.alpha is None else s.alpha
-        slope = (
-            1 / s.beta if s.objective == "ipo" else s.beta / 2
-        )  # of the objective in the margin, at the start
-        weight = 0.32 * alpha * slope if s.lambda_reg is None else s.lambda_reg
+        start = 1 / s.beta if s.objective == "ipo" else s.beta / 2  # the objective's slope in the margin
+        weight = 0.32 * alpha * start if s.lambda_reg is None else s.lambda_reg
         say(f"amplification: lambda {weight:.4g}, median {median:.4g}, alpha {alpha:.4g}")
         constants |= {"lambda": weight, "median": median, "alpha": alpha}
         amplify = functools.partial(
