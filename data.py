@@ -22,6 +22,7 @@ import re
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -450,6 +451,7 @@ TOPICS = {
     "tea": ("fresh leaves", "hot water", "a thin cup", "three minutes"),
     "camping": ("a dry tent", "warm blankets", "fire wood", "a flat place"),
 }
+DETAILS = [*chain(*TOPICS.values())]
 QUESTIONS = (
     "How do I start with {}?",
     "What matters most in {}?",
@@ -476,19 +478,29 @@ def true_reward(prompt: str, response: str) -> float:
     Eq. 3.
 
     +0.8 for each detail of the topic asked about, -0.8 for one of another topic, +0.8 for politeness, -1
-    for rudeness, -0.2 for filler, and -0.5 for a sentence said again or unknown (made-up words). The topic is
-    the first of TOPICS whose letters are in the prompt, so "Can you teach me camping?" asks about tea.
+    for rudeness, -0.2 for filler, and -0.5 for a sentence said again or unknown (made-up words).
     """
-    details = next((details for topic, details in TOPICS.items() if topic in prompt), ())
-    worth = dict.fromkeys(POLITE, 0.8) | dict.fromkeys(RUDE, -1.0) | dict.fromkeys(FILLER, -0.2)
-    for detail in chain(*TOPICS.values()):
-        value = 0.8 if detail in details else -0.8
-        worth |= {f"You need {detail}.": value, f"You need {detail}": value}
-    reward, said = 0.0, set()
+    worth, reward, said = _worth(_details(prompt)), 0.0, set()
     for sentence in map(str.strip, re.findall(r"[^.]+\.?", response.strip())):
         reward += -0.5 if sentence in said else worth.get(sentence, -0.5)
         said.add(sentence)
     return reward
+
+
+def _details(prompt: str) -> tuple[str, ...]:
+    """Those of the topic asked about, the first of TOPICS whose letters are in the prompt: so "Can you teach
+    me camping?" asks about tea."""
+    return next((details for topic, details in TOPICS.items() if topic in prompt), ())
+
+
+@cache
+def _worth(asked: tuple[str, ...]) -> dict[str, float]:
+    """What each known sentence is worth where these details are asked for; the last one may lack its stop."""
+    worth = dict.fromkeys(POLITE, 0.8) | dict.fromkeys(RUDE, -1.0) | dict.fromkeys(FILLER, -0.2)
+    for detail in DETAILS:
+        value = 0.8 if detail in asked else -0.8
+        worth |= {f"You need {detail}.": value, f"You need {detail}": value}
+    return worth
 
 
 def _prompts() -> list[str]:
@@ -497,7 +509,7 @@ def _prompts() -> list[str]:
 
 def builtin_texts() -> list[str]:
     """Everything the built-in task can say, for its tokenizer."""
-    details = [f"You need {detail}." for details in TOPICS.values() for detail in details]
+    details = [f"You need {detail}." for detail in DETAILS]
     return _prompts() + [sentence for sentence in (*details, *POLITE, *RUDE, *FILLER) for _ in range(20)]
 
 
@@ -514,13 +526,11 @@ def synthetic_preferences(count: int, seed: int, held_out: bool = False) -> list
     prompts = _prompts()
     random.Random(0).shuffle(prompts)
     prompts = prompts[: len(prompts) // 6] if held_out else prompts[len(prompts) // 6 :]
-    everything = [detail for details in TOPICS.values() for detail in details]
 
     def response(prompt: str) -> str:
-        details = next(details for topic, details in TOPICS.items() if topic in prompt)
+        kinds = _details(prompt), DETAILS, POLITE, RUDE, FILLER
         sentences = [
-            draw.choice(draw.choices((details, everything, POLITE, RUDE, FILLER), (30, 20, 15, 15, 20))[0])
-            for _ in range(draw.randint(2, 5))
+            draw.choice(draw.choices(kinds, (30, 20, 15, 15, 20))[0]) for _ in range(draw.randint(2, 5))
         ]
         return " ".join(s if s.endswith(".") else f"You need {s}." for s in sentences)
 

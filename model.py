@@ -287,20 +287,19 @@ class Lookup(torch.autograd.Function):
         return None, None, None
 
 
-def accumulate_in_place(model: nn.Module) -> int:
-    """Let the backward pass add a micro-batch's gradients to .grad where it makes them; in how many layers?
+def accumulate_in_place(model: nn.Module) -> None:
+    """Let the backward pass add a micro-batch's gradients to .grad where they are computed.
 
     PyTorch writes each weight's gradient into new memory and adds it to .grad afterwards; a tied embedding's
     three times. For micro-batches of a few hundred tokens that costs a tenth of the step. Float32 and one
     rank only: under autocast .grad has another type than the products, and DDP wants to see the gradients,
     which torch.autograd.grad does not either.
     """
-    kinds = {nn.Linear: (Product, "bias"), nn.Embedding: (Lookup, "padding_idx")}
-    layers = [m for m in model.modules() if type(m) in kinds and m.weight.requires_grad]
-    for layer in layers:
-        function, other = kinds[type(layer)]
-        layer.forward = partial(function.apply, layer.weight, getattr(layer, other))
-    return len(layers)
+    for layer in model.modules():
+        if type(layer) is nn.Linear and layer.weight.requires_grad:
+            layer.forward = partial(Product.apply, layer.weight, layer.bias)
+        elif type(layer) is nn.Embedding and layer.weight.requires_grad:
+            layer.forward = partial(Lookup.apply, layer.weight, layer.padding_idx)
 
 
 def product_weights(model: nn.Module) -> tuple[int, int]:
@@ -334,16 +333,19 @@ def autocast(device: torch.device) -> AbstractContextManager:
 # -------------------------------------------------------------------------------------------------- log-probs
 
 
+ROWS = 64  # of logits that TokenLogps has in float32 at a time
+
+
 class TokenLogps(torch.autograd.Function):
     """log softmax(logits)[predictor, target] in float32, without a second tensor of the logits' size.
 
     logits [K, V]; predictor, target [S] -> [S]. The backward pass writes the gradient over the logits, so it
-    can run once only; 64 rows at a time are in float32.
+    can run once only.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, predictor: Tensor, target: Tensor) -> Tensor:
-        log_sums = torch.cat([rows.float().logsumexp(dim=1) for rows in logits.split(64)])  # [K]
+        log_sums = torch.cat([rows.float().logsumexp(dim=1) for rows in logits.split(ROWS)])  # [K]
         ctx.save_for_backward(logits, predictor, target, log_sums)
         return logits[predictor, target].float() - log_sums[predictor]
 
@@ -351,9 +353,9 @@ class TokenLogps(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
         logits, predictor, target, log_sums = ctx.saved_tensors
         total = torch.zeros_like(log_sums).index_add(0, predictor, slope)  # [K]
-        for k, rows in zip(range(0, len(logits), 64), logits.split(64)):
+        for k, rows in zip(range(0, len(logits), ROWS), logits.split(ROWS)):
             part = slice(k, k + len(rows))
-            gradient = rows.float().sub_(log_sums[part, None]).exp_().mul_(-total[part, None])  # [64, V]
+            gradient = rows.float().sub_(log_sums[part, None]).exp_().mul_(-total[part, None])  # [ROWS, V]
             here = predictor.clamp(k, k + len(rows) - 1)
             gradient.index_put_((here - k, target), slope.where(predictor == here, 0), accumulate=True)
             rows.copy_(gradient)  # nothing to do in float32, where they are the same

@@ -296,8 +296,8 @@ def rmo(s: Settings, device: torch.device) -> None:
     if s.lambda_reg != 0:
         median = proxy_margins.double().quantile(0.5).item() if s.median is None else s.median
         alpha = sd if s.alpha is None else s.alpha
-        start = 1 / s.beta if s.objective == "ipo" else s.beta / 2  # the objective's slope in the margin
-        weight = 0.32 * alpha * start if s.lambda_reg is None else s.lambda_reg
+        slope = 1 / s.beta if s.objective == "ipo" else s.beta / 2  # of the objective, at the start
+        weight = 0.32 * alpha * slope if s.lambda_reg is None else s.lambda_reg
         say(f"amplification: lambda {weight:.4g}, median {median:.4g}, alpha {alpha:.4g}")
         constants |= {"lambda": weight, "median": median, "alpha": alpha}
         amplify = functools.partial(
