@@ -24,13 +24,16 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from itertools import accumulate, chain, islice
+from os.path import commonprefix  # of any sequences
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 HH_MARK = "\n\nAssistant:"
+ENDING = re.compile(r"\.(jsonl?)(\.gz)?$")
 # Llama 3's template writes today's date into the system prompt: data would change at midnight, and with it
 # splits and fingerprints. This is the date that it falls back to.
 FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
@@ -63,15 +66,14 @@ def read_preferences(source: str, limit: int | None = None) -> list[dict[str, An
 
     source: a path; or "owner/name", or "owner/name:file/in/it.jsonl.gz" where the repository holds several
     such files. prompt, chosen, rejected: strings, or a message list and two messages. limit: only the first K
-    rows.
+    rows. A row that is no usable pair also has "drop": why.
     """
     path = Path(source)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", source):
         path = _download(source)
     if not path.is_file():
         raise ValueError(f"{source}: no such file; give a .json or .jsonl file, .gz of these, or a hub id")
-    values = islice(_json_values(path), limit)
-    rows = [_recognise(value, place) | {"source": place} for place, value in values]
+    rows = [_recognise(value, place) for place, value in islice(_json_values(path), limit)]
     if not rows:
         raise ValueError(f"{source}: holds no pairs; {FORMATS}")
     return rows
@@ -82,15 +84,12 @@ def _download(source: str) -> Path:
 
     name, _, file = source.partition(":")
     try:
-        files = HfApi().list_repo_files(name, repo_type="dataset")
-        files = [name for name in files if re.search(r"\.jsonl?(\.gz)?$", name)]
-        if not file and len(files) == 1:
-            file = files[0]
+        files = [file for file in HfApi().list_repo_files(name, repo_type="dataset") if ENDING.search(file)]
+        file = file or (files[0] if len(files) == 1 else "")
         if file in files:
             return Path(hf_hub_download(name, file, repo_type="dataset"))
     except Exception as error:  # offline, no such repository, gated, ...: whatever the hub's client raises
-        reason = str(error).strip().partition("\n")[0]
-        reason = f"{type(error).__name__}: {reason}"
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise ValueError(f"{source}: no such file, and the hub gave no such dataset ({reason})") from None
     if files:
         raise ValueError(f"{source}: name one of its files, as {name}:{files[0]} (of {', '.join(files[:8])})")
@@ -99,6 +98,9 @@ def _download(source: str) -> Path:
 
 def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, value) for each line of a .jsonl file or each item of a .json list."""
+    kind = ENDING.search(path.name)
+    if not kind:
+        raise ValueError(f"{path}: the name must end in .json, .jsonl, .json.gz or .jsonl.gz")
 
     def unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(items)) < len(items):
@@ -108,16 +110,12 @@ def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
     def parse(text: str, place: str) -> Any:
         try:
             return json.loads(text, object_pairs_hook=unique_keys)
-        except json.JSONDecodeError as error:
-            place = f"{path}:{error.lineno}" if place == str(path) else place
-            hint = "; one object a line belongs into a .jsonl file" if error.msg == "Extra data" else ""
-            raise ValueError(f"{place}: not JSON ({error.msg} at column {error.colno}){hint}") from None
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: not usable JSON ({error})") from None
+            if kind[1] == "json" and isinstance(error, json.JSONDecodeError):
+                place += f":{error.lineno}"
+            hint = "a .jsonl file has one object a line, a .json file one list"
+            raise ValueError(f"{place}: not JSON ({getattr(error, 'msg', error)}); {hint}") from None
 
-    kind = re.search(r"\.(jsonl?)(\.gz)?$", path.name)
-    if not kind:
-        raise ValueError(f"{path}: the name must end in .json, .jsonl, .json.gz or .jsonl.gz")
     try:
         with (gzip.open if kind[2] else open)(path, "rt", encoding="utf-8-sig") as file:
             if kind[1] == "jsonl":
@@ -134,51 +132,50 @@ def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _recognise(row: Any, place: str) -> dict[str, Any]:
-    """A row in one of the FORMATS -> {prompt, chosen, rejected}, and "drop": why, if it is no usable pair."""
-    keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+    """A row of read_preferences from one in any of the FORMATS."""
+
+    def refuse(why: str) -> NoReturn:
+        raise ValueError(f"{place}: {why}; {FORMATS}")
+
     if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
-        raise ValueError(f"{place}: no preference pair (found {keys}); {FORMATS}")
-    if isinstance(row.get("prompt"), str) and isinstance(row["chosen"], list) and row["chosen"]:
-        if row["chosen"][0] == {"role": "user", "content": row["prompt"]}:  # the prompt stands twice
-            row = {key: row[key] for key in ("chosen", "rejected")}
-    values = [row[key] for key in ("chosen", "rejected", "prompt") if key in row]
-    if all(isinstance(value, str) for value in values):
-        if "prompt" in row:
-            prompts, answers = [row["prompt"]] * 2, [row["chosen"], row["rejected"]]
-        else:
-            if not all(HH_MARK in value for value in values):
-                raise ValueError(f"{place}: no prompt, and no {HH_MARK!r} to split at; {FORMATS}")
-            cuts = [value.rindex(HH_MARK) + len(HH_MARK) for value in values]
-            prompts = [value[:cut] for value, cut in zip(values, cuts)]
-            answers = [value[cut:] for value, cut in zip(values, cuts)]
-        texts = prompts + answers
-    elif all(isinstance(value, list) and value for value in values):
-        talks = [row.get("prompt", []) + row["chosen"], row.get("prompt", []) + row["rejected"]]
+        refuse(f"no preference pair (found {sorted(row) if isinstance(row, dict) else type(row).__name__})")
+    sides, prompt = [row["chosen"], row["rejected"]], row.get("prompt")
+    if isinstance(sides[0], list) and sides[0][:1] == [{"role": "user", "content": prompt}]:
+        prompt = None  # it stands twice
+    given = sides if prompt is None else [prompt, *sides]
+    if all(isinstance(value, str) for value in given):
+        prompts, answers = [prompt, prompt], sides
+        if prompt is None:
+            if not all(HH_MARK in side for side in sides):
+                refuse(f"no prompt, and no {HH_MARK!r} to split at")
+            prompts = [side[: side.rindex(HH_MARK) + len(HH_MARK)] for side in sides]
+            answers = [side.removeprefix(start) for side, start in zip(sides, prompts)]
+        texts = answers
+    elif all(isinstance(value, list) and value for value in given):
+        talks = [(prompt or []) + side for side in sides]
         for message in talks[0] + talks[1]:
             fits = isinstance(message, dict) and message.keys() == {"role", "content"}
             if not (fits and all(isinstance(value, str) for value in message.values())):
-                shape = "{role: text, content: text}"
-                raise ValueError(f"{place}: a message must be {shape}, not {str(message)[:80]}")
+                refuse(f"a message must be {{role: text, content: text}}, not {str(message)[:80]}")
         prompts, answers = [talk[:-1] for talk in talks], [talk[-1] for talk in talks]
         if any(answer["role"] != "assistant" for answer in answers):
-            raise ValueError(f"{place}: chosen and rejected must end with a message of role assistant")
-        texts = [message["content"] for message in talks[0] + talks[1]]
+            refuse("chosen and rejected must end with a message of role assistant")
+        texts = [answer["content"] for answer in answers]
     else:
         kinds = {key: type(row[key]).__name__ for key in ("prompt", "chosen", "rejected") if key in row}
-        raise ValueError(f"{place}: {kinds} are not all strings or all message lists; {FORMATS}")
+        refuse(f"{kinds} are not all strings or all message lists")
     try:
-        "".join(texts).encode()
+        json.dumps(given, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{place}: text that is no Unicode ({error.reason}): half a character?") from None
-    found = {"prompt": prompts[0], "chosen": answers[0], "rejected": answers[1]}
-    chosen, rejected = (a if isinstance(a, str) else a["content"] for a in answers)
-    if prompts[0] != prompts[1]:
-        return found | {"drop": "prompts differ"}
-    if not prompts[0]:
-        return found | {"drop": "empty prompt"}
-    if not chosen.strip() or not rejected.strip():
-        return found | {"drop": "empty response"}
-    return found | ({"drop": "identical responses"} if chosen == rejected else {})
+    found = {"prompt": prompts[0], "chosen": answers[0], "rejected": answers[1], "source": place}
+    faults = {
+        "prompts differ": prompts[0] != prompts[1],
+        "empty prompt": not prompts[0],
+        "empty response": not all(text.strip() for text in texts),
+        "identical responses": texts[0] == texts[1],
+    }
+    return found | next(({"drop": fault} for fault, holds in faults.items() if holds), {})
 
 
 # --------------------------------------------------------------------------------------------------- tokenize
@@ -201,32 +198,31 @@ def tokenize_preferences(
     counts = Counter({"read": len(rows)})
     usable = [(index, row) for index, row in enumerate(rows) if "drop" not in row]
     counts.update("dropped: " + row["drop"] for row in rows if "drop" in row)
-    controls = _control_tokens(tokenizer)
+    special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
+    controls = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"  # the longest first
     bos = tokenizer.bos_token_id
     bos_added = bos is not None and tokenizer("a").input_ids[:1] == [bos]
 
     texts = []  # prompt, prompt + chosen, prompt + rejected of each row in turn
     for _, row in usable:
-        segments = [_segments(row, side, tokenizer, controls) for side in (None, "chosen", "rejected")]
-        counts["control tokens in a text, encoded as text"] += any(
-            literal and re.search(controls, text) for text, literal in sum(segments, [])
-        )
-        texts += segments
+        parts = [_parts(row, side, tokenizer, controls) for side in (None, "chosen", "rejected")]
+        said = [text for text in parts for text in text[1::2]]
+        counts["control tokens in a text, encoded as text"] += any(re.search(controls, text) for text in said)
+        texts += parts
     ids = _encode(texts, tokenizer)
 
     pairs = []
-    control_ids = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    control_ids |= set(tokenizer.all_special_ids)
     for (index, row), alone, *full in zip(usable, ids[0::3], ids[1::3], ids[2::3]):
         if isinstance(row["prompt"], str):
             start = [bos] if bos_added and alone[:1] != [bos] else []
             alone, full = start + alone, [start + side + [tokenizer.eos_token_id] for side in full]
         else:
-            full = [_one_end_token(side, len(alone), control_ids, tokenizer) for side in full]
+            full = [_one_end_token(side, len(alone), set(special.values()), tokenizer) for side in full]
         # Tokens merged across the boundary differ from those the prompt has alone: they go to the response.
-        split = min(_common_prefix(alone, side) for side in full)
-        counts["prompt and response merged at the boundary"] += split < len(alone)
-        prompt, responses = full[0][:split], [side[split:] for side in full]
+        prompt = commonprefix([alone, *full])
+        counts["prompt and response merged at the boundary"] += len(prompt) < len(alone)
+        responses = [side[len(prompt) :] for side in full]
         longest = max(map(len, responses))
         budget = max_prompt_length or max(max_length - longest, max_length // 2)
         if len(prompt) > budget:
@@ -245,8 +241,9 @@ def tokenize_preferences(
     counts["kept"] = len(pairs)
     counts = {reason: count for reason, count in counts.items() if count}
     if not pairs:
-        where = rows[0]["source"]
-        raise ValueError(f"{where}: no pair is left ({listed(counts)}): look at data or max_length")
+        raise ValueError(
+            f"{rows[0]['source']}: no pair is left ({listed(counts)}): look at data or max_length"
+        )
     return pairs, counts
 
 
@@ -254,28 +251,23 @@ def listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{reason} {count:,}" for reason, count in counts.items())
 
 
-def _control_tokens(tokenizer: Any) -> str:
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special |= set(tokenizer.all_special_tokens)
-    return "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)) or "(?!)"
-
-
-def _segments(row: dict[str, Any], side: str | None, tokenizer: Any, controls: str) -> list[tuple[str, bool]]:
-    """The text of prompt (+ response) as (text, literal) segments; control tokens in a literal segment are
-    mere text."""
+def _parts(row: dict[str, Any], side: str | None, tokenizer: Any, controls: str) -> list[str]:
+    """The text of prompt (+ response) in parts; control tokens in every second one are mere text."""
     if isinstance(row["prompt"], str):
-        return [(row["prompt"] + (row[side] if side else ""), True)]
+        return ["", row["prompt"] + (row[side] if side else "")]
     if not tokenizer.chat_template:
-        where = row["source"]
-        raise ValueError(f"{where}: messages, but the tokenizer has no template: --chat_template FILE")
+        raise ValueError(
+            f"{row['source']}: messages, but the tokenizer has no template: --chat_template FILE"
+        )
     messages = row["prompt"] + ([row[side]] if side else [])
     mark, held = "\ue000", []  # in place of control tokens that a user wrote, while the template is rendered
     while any(mark in message["content"] for message in messages):
         mark += "\ue000"
+    mark += "\ue001"
 
     def hold(match: re.Match) -> str:
         held.append(match[0])
-        return mark + "\ue001"
+        return mark
 
     safe = [message | {"content": re.sub(controls, hold, message["content"])} for message in messages]
     how = {"chat_template": FIXED_DATE + tokenizer.chat_template, "add_generation_prompt": side is None}
@@ -283,21 +275,17 @@ def _segments(row: dict[str, Any], side: str | None, tokenizer: Any, controls: s
         rendered = tokenizer.apply_chat_template(safe, tokenize=False, **how)
     except Exception as error:  # templates raise what they like, for example on a system message
         raise ValueError(f"{row['source']}: the chat template refuses this conversation ({error})") from None
-    parts = rendered.split(mark + "\ue001")
-    segments = [(parts[0], False)]
-    for text, part in zip(held, parts[1:]):
-        segments += [(text, True), (part, False)]
-    return [(text, literal) for text, literal in segments if text]
+    return [part for both in zip(rendered.split(mark), [*held, ""]) for part in both]
 
 
-def _encode(texts: list[list[tuple[str, bool]]], tokenizer: Any) -> list[list[int]]:
-    """All segments of all texts in two calls of the tokenizer, put together again."""
-    pieces = {}
+def _encode(texts: list[list[str]], tokenizer: Any) -> list[list[int]]:
+    """All parts of all texts in two calls of the tokenizer, put together again."""
+    ids = []
     for literal in (False, True):
-        wanted = [segment for text in texts for segment, kind in text if kind == literal]
+        parts = [part for text in texts for part in text[literal::2]]
         how = {"add_special_tokens": False, "split_special_tokens": literal, "verbose": False}
-        pieces[literal] = iter(tokenizer(wanted, **how).input_ids if wanted else [])
-    return [[id for _, literal in text for id in next(pieces[literal])] for text in texts]
+        ids.append(iter(tokenizer(parts, **how).input_ids if parts else []))
+    return [[id for k in range(len(text)) for id in next(ids[k % 2])] for text in texts]
 
 
 def _one_end_token(ids: list[int], prompt_length: int, control_ids: set[int], tokenizer: Any) -> list[int]:
@@ -309,10 +297,6 @@ def _one_end_token(ids: list[int], prompt_length: int, control_ids: set[int], to
         elif tokenizer.decode(ids[last]).strip():
             break
     return ids + [tokenizer.eos_token_id] if end is None else ids[:end]
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def split_by_prompt(pairs: list[Pair], shares: tuple[float, ...], seed: int) -> list[list[Pair]]:
@@ -404,39 +388,31 @@ def collate(pairs: list[Pair], shared_prompt: bool = True) -> dict[str, Tensor]:
                               whose it is: 2 b for chosen and 2 b + 1 for rejected of pair b
     lengths                   [B, 2]: tokens of chosen and of rejected
     """
-    rows = []  # of pairs (owner, response) that share a row
+    ids, positions, owners = [], [], []  # of the R rows; owner -1: the prompt's
     for b, pair in enumerate(pairs):
-        sides = [side for side in ((2 * b, pair.chosen), (2 * b + 1, pair.rejected)) if side[1]]
-        rows += [(pair.prompt, sides)] if shared_prompt else [(pair.prompt, [side]) for side in sides]
-    lengths = [len(prompt) + sum(len(response) for _, response in sides) for prompt, sides in rows]
-    input_ids, position_ids = torch.zeros(2, len(rows), max(lengths), dtype=torch.long)
-    keep = torch.zeros(len(rows), max(lengths), dtype=torch.bool)
-    causal = torch.ones(max(lengths), max(lengths), dtype=torch.bool).tril()
-    mask = causal.repeat(len(rows), 1, 1, 1)  # [R, 1, T, T]
-    predictor, target, owner, kept = [], [], [], 0
-    for r, (prompt, sides) in enumerate(rows):
-        start = len(prompt)
-        input_ids[r, :start], position_ids[r, :start] = torch.tensor(prompt), torch.arange(start)
-        keep[r, start - 1] = True
-        prompt_last, kept = kept, kept + 1
-        for side, response in sides:
-            end = start + len(response)
-            inner = len(response) - 1  # its tokens but the last each predict the next one
-            input_ids[r, start:end] = torch.tensor(response)
-            position_ids[r, start:end] = torch.arange(len(prompt), len(prompt) + len(response))
-            mask[r, 0, start:, len(prompt) : start] = False  # rejected never sees chosen
-            keep[r, start : end - 1] = True
-            predictor += [prompt_last, *range(kept, kept + inner)]
-            target += response
-            owner += [side] * len(response)
-            kept, start = kept + inner, end
-    batch = {"input_ids": input_ids, "keep": keep}
-    if shared_prompt:
-        batch |= {"position_ids": position_ids, "attention_mask": mask}
-    else:
-        batch["attention_mask"] = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    batch |= dict(zip(("predictor", "target", "owner"), torch.tensor([predictor, target, owner])))
-    return batch | {"lengths": torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in pairs])}
+        sides = [(2 * b + k, response) for k, response in enumerate(pair[1:3]) if response]
+        for row in [sides] if shared_prompt else [[side] for side in sides]:
+            start = range(len(pair.prompt))
+            ids.append(pair.prompt + [id for _, response in row for id in response])
+            positions.append([*start, *(len(start) + i for _, response in row for i in range(len(response)))])
+            owners.append([-1 for _ in start] + [side for side, response in row for _ in response])
+
+    def padded(rows: list[list[int]], value: int) -> Tensor:
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+    input_ids, position_ids, owner = padded(ids, 0), padded(positions, 0), padded(owners, -2)  # [R, T]
+    r, t = (owner >= 0).nonzero(as_tuple=True)  # [S], row by row
+    prompt_last = (owner == -1).sum(1) - 1  # [R]
+    before = torch.where(owner[r, t - 1] == owner[r, t], t - 1, prompt_last[r])  # [S]
+    keep = torch.zeros_like(owner, dtype=torch.bool)
+    keep[r, before] = True
+    batch = {"input_ids": input_ids, "keep": keep, "target": input_ids[r, t], "owner": owner[r, t]}
+    batch["predictor"] = keep.flatten().cumsum(0).view_as(keep)[r, before] - 1
+    batch["lengths"] = torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in pairs])
+    if not shared_prompt:
+        return batch | {"attention_mask": owner > -2}
+    visible = (owner[:, None] == -1) | (owner[:, None] == owner[:, :, None])  # prompt, own side: [R, T, T]
+    return batch | {"position_ids": position_ids, "attention_mask": visible.tril()[:, None]}
 
 
 # --------------------------------------------------------------------------------------- built-in preferences
@@ -548,7 +524,5 @@ def synthetic_preferences(count: int, seed: int, held_out: bool = False) -> list
             "rejected": [{"role": "assistant", "content": second}],
         }
         place = f"built-in: row {number}"
-        rows.append(
-            _recognise(row, place) | {"source": place, "truth": {"margin": margin, "flipped": flipped}}
-        )
+        rows.append(_recognise(row, place) | {"truth": {"margin": margin, "flipped": flipped}})
     return rows

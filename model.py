@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -61,24 +62,24 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
 
 def load_model(name: str | Path, seed: int = 0) -> nn.Module:
     """A causal LM from a folder or the hub, in float32, without dropout; seed: of the built-in one's random
-    weights. Raises ValueError if there is none."""
+    weights. Raises ValueError if there is none, or one that is not as a run wrote it."""
     if name == BUILTIN:
         return builtin_model(seed)
+    if (Path(name) / CHECKSUMS).is_file() and (wrong := damage(Path(name))):
+        raise ValueError(f"{name}: {wrong}. Make it again; or, if you changed it, delete its {CHECKSUMS}")
     config = _from_pretrained(AutoConfig, name)
     for part in (config, config.get_text_config()):
         for key, value in part.to_dict().items():
             if "drop" in key and isinstance(value, float):  # attention_dropout, resid_pdrop, ...
                 setattr(part, key, 0.0)
-    how = {"config": config, "dtype": torch.float32, "use_safetensors": True}
-    return _from_pretrained(AutoModelForCausalLM, name, **how)
+    return _from_pretrained(
+        AutoModelForCausalLM, name, config=config, dtype=torch.float32, use_safetensors=True
+    )
 
 
 def _from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"{name}: no model folder (no config.json in it); give one, or a hub id")
-    whole = kind is AutoModelForCausalLM  # its weights are read once, not for config and tokenizer too
-    if (Path(name) / CHECKSUMS).is_file() and (wrong := damage(Path(name), whole)):
-        raise ValueError(f"{name}: {wrong}. Make it again; or, if you changed it, delete its {CHECKSUMS}")
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # missing or damaged files, no network, no causal LM, ...
@@ -119,40 +120,41 @@ def read_json(path: Path, default: Any = None) -> Any:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """The file appears whole or not at all: what `write` wrote elsewhere becomes `path` when on disk."""
+    """A file or folder appears whole or not at all: what `write` wrote elsewhere becomes `path` when on
+    disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # a killed run's
     try:
         write(unfinished)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
+        for part in unfinished.iterdir() if unfinished.is_dir() else [unfinished]:
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(path, ignore_errors=True)  # a damaged folder
         os.replace(unfinished, path)
     finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.unlink(missing_ok=True)
 
 
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Write a Hugging Face folder that appears whole or not at all, with the checksums of its files."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    files = [path for path in sorted(unfinished.iterdir()) if path.is_file()]
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    sums = {path.name: checksum(path) for path in files}
-    write_atomically(unfinished / CHECKSUMS, lambda path: path.write_text(json.dumps(sums, indent=1)))
-    shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-    os.replace(unfinished, folder)
+
+    def write(unfinished: Path) -> None:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        sums = {path.name: checksum(path) for path in sorted(unfinished.iterdir())}
+        (unfinished / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+
+    write_atomically(folder, write)
 
 
-def damage(folder: Path, weights: bool = True) -> str:
-    """What is wrong with a folder that save_model wrote; nothing: "". weights: look at these files too."""
+def damage(folder: Path) -> str:
+    """What is wrong with a folder that save_model wrote; nothing: ""."""
     try:
-        sums = read_json(folder / CHECKSUMS)
-        names = [name for name in sums if weights or not name.endswith(".safetensors")]
-        wrong = [name for name in names if checksum(folder / name) != sums[name]]
+        wrong = [
+            name for name, sum in read_json(folder / CHECKSUMS).items() if checksum(folder / name) != sum
+        ]
     except (OSError, ValueError, AttributeError) as error:
         return f"it is not whole ({error})"
     return f"{wrong[0]} is not as it was written" if wrong else ""
@@ -168,9 +170,8 @@ def fingerprint(model: nn.Module) -> str:
     tensor."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, len(flat) // 1024)].float().cpu().numpy()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.tobytes())
+        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 1024)].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -192,11 +193,6 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) + self.scale * (x @ self.a.T @ self.b.T)
 
-    def merged(self) -> nn.Linear:
-        update = self.scale * self.b.data.double() @ self.a.data.double()  # not in TF32
-        self.linear.weight.data += update.float()
-        return self.linear
-
 
 def add_lora(model: nn.Module, rank: int, seed: int) -> None:
     """Freeze the model and put LoRA (alpha = 2 rank) on every linear layer but the output head, in place."""
@@ -213,7 +209,9 @@ def merge_lora(model: nn.Module) -> None:
     """Fold LoRA into the weights, in place: what is left is the plain model. Without LoRA, nothing
     happens."""
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]:
-        model.set_submodule(name, layer.merged())
+        update = layer.scale * layer.b.data.double() @ layer.a.data.double()  # not in TF32
+        layer.linear.weight.data += update.float()
+        model.set_submodule(name, layer.linear)
 
 
 # ------------------------------------------------------------------------------------------------------ speed
@@ -249,41 +247,27 @@ def attention(module: nn.Module, query: Tensor, *rest: Any, **options: Any) -> t
         return sdpa_attention_forward(module, query, *rest, **options)
 
 
-class Product(torch.autograd.Function):
-    """x W^T + b, whose backward pass adds to W.grad inside the matrix product."""
+class InPlace(torch.autograd.Function):
+    """x W^T, or the rows of W at x where x are ids; the backward pass adds to W.grad where it multiplies."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, x: Tensor, padding: int | None = None) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight = weight  # itself, not a saved copy of it, since its .grad is needed
-        return nn.functional.linear(x, weight, bias)
+        ctx.padding = padding
+        return F.linear(x, weight) if x.is_floating_point() else F.embedding(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, slope: Tensor) -> tuple[None, Tensor | None, None]:
         (x,), weight = ctx.saved_tensors, ctx.weight
-        rows, columns = slope.flatten(0, -2).T, x.flatten(0, -2)
         if weight.grad is None:
-            weight.grad = rows @ columns
-        else:
-            weight.grad.addmm_(rows, columns)
-        return None, rows.sum(1) if ctx.needs_input_grad[1] else None, slope @ weight
-
-
-class Lookup(torch.autograd.Function):
-    """Rows of W, whose backward pass adds to the same rows of W.grad."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, padding: int | None, ids: Tensor) -> Tensor:
-        ctx.weight, ctx.padding, ctx.ids = weight, padding, ids
-        return nn.functional.embedding(ids, weight)
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[None, ...]:
+            weight.grad = torch.zeros_like(weight)
+        if x.is_floating_point():
+            weight.grad.addmm_(slope.flatten(0, -2).T, x.flatten(0, -2))
+            return None, slope @ weight, None
         if ctx.padding is not None:  # nn.Embedding leaves that row alone
-            slope = slope.masked_fill((ctx.ids == ctx.padding)[..., None], 0)
-        if ctx.weight.grad is None:
-            ctx.weight.grad = torch.zeros_like(ctx.weight)
-        ctx.weight.grad.index_add_(0, ctx.ids.flatten(), slope.flatten(0, -2))
+            slope = slope.masked_fill((x == ctx.padding)[..., None], 0)
+        weight.grad.index_add_(0, x.flatten(), slope.flatten(0, -2))
         return None, None, None
 
 
@@ -295,11 +279,14 @@ def accumulate_in_place(model: nn.Module) -> None:
     rank only: under autocast .grad has another type than the products, and DDP wants to see the gradients,
     which torch.autograd.grad does not either.
     """
+
+    def forward(layer: nn.Module, x: Tensor) -> Tensor:
+        found = InPlace.apply(layer.weight, x, getattr(layer, "padding_idx", None))
+        return found if getattr(layer, "bias", None) is None else found + layer.bias
+
     for layer in model.modules():
-        if type(layer) is nn.Linear and layer.weight.requires_grad:
-            layer.forward = partial(Product.apply, layer.weight, layer.bias)
-        elif type(layer) is nn.Embedding and layer.weight.requires_grad:
-            layer.forward = partial(Lookup.apply, layer.weight, layer.padding_idx)
+        if type(layer) in (nn.Linear, nn.Embedding) and layer.weight.requires_grad:
+            layer.forward = partial(forward, layer)
 
 
 def product_weights(model: nn.Module) -> tuple[int, int]:
@@ -413,23 +400,19 @@ def score_pairs(
 ) -> Tensor:
     """log pi(y|x) of chosen and rejected of N pairs: [N, 2], float32, on the CPU and the same on every rank.
 
-    batches: data.scoring_batches of this rank. Each pair is written by its index, exactly once over all
-    ranks. names: of the pairs, [N]. label: of the progress bar, if one is wanted. Raises ValueError with the
-    names of pairs whose score is not finite.
+    batches: data.scoring_batches of this rank; a pair's scores are written by its index. names: of the pairs,
+    [N]. label: of the progress bar, if one is wanted. Raises ValueError with the names of pairs that have no
+    score, or none that is finite.
     """
     device, parallel = next(model.parameters()).device, dist.is_initialized()
-    scores, silent = torch.zeros(len(names), 2, device=device), parallel and dist.get_rank() > 0
-    written = torch.zeros(len(names), device=device)
-    with tqdm(total=len(names), desc=label, unit="pair", disable=silent or not label) as bar:
+    scores = torch.full((len(names), 2), -torch.inf, device=device)  # a pair that nobody scores is an error
+    silent = not label or (parallel and dist.get_rank() > 0)
+    with tqdm(total=len(names), desc=label, unit="pair", disable=silent) as bar:
         for index, batch in batches:
             scores[index] = sequence_logps(model, to_device(batch, device))
-            written[index] += 1
             bar.update(len(index) * (dist.get_world_size() if parallel else 1))
     if parallel:
-        dist.all_reduce(scores)
-        dist.all_reduce(written)
-    if not (written == 1).all():
-        raise RuntimeError(f"{int((written != 1).sum())} of {len(names)} pairs were not scored exactly once")
+        dist.all_reduce(scores, dist.ReduceOp.MAX)
     if bad := (~scores.isfinite()).any(1).nonzero().flatten().tolist():
         of, which = f"{len(bad)} of {len(names)} pairs", ", ".join(names[i] for i in bad[:8])
         raise ValueError(f"{of} have no finite log-probability: {which}; look at them")

@@ -733,7 +733,7 @@ GOOD = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"})
         ("x.jsonl", json.dumps({"chosen": [{"role": "user", "content": "a"}]} | {"rejected": [{"role": "user", "content": "a"}]}), "role assistant"),
         ("x.jsonl", '{"prompt": "a", "prompt": "b", "chosen": "b", "rejected": "c"}', "x.jsonl:1.*twice"),
         ("x.jsonl", '{"prompt": "\\ud83d", "chosen": "b", "rejected": "c"}', "x.jsonl:1.*no Unicode"),
-        ("x.jsonl", '{"prompt": ' + "[" * 100_000, "x.jsonl:1: not usable JSON"),
+        ("x.jsonl", '{"prompt": ' + "[" * 100_000, "x.jsonl:1: not JSON"),
         ("x.jsonl", "", "holds no pairs"),
         ("x.jsonl", b"\xff\xfe", "cannot be read"),
         ("x.jsonl.gz", b"no gzip", "cannot be read"),
