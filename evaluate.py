@@ -39,7 +39,6 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -540,12 +539,11 @@ def scored(models: Row, pairs: list[Pair], s: Row, device: Any) -> Iterator[tupl
     Accuracy: the share above 0; reward accuracy: above the first model's, which the implicit reward is
     relative to. Small: within a tenth of a standard deviation of 0, as tau = 14 is in the paper."""
     start, longest = None, [max(pairs, key=lambda pair: pair.size)]
-    ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     lengths = torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in pairs])
     for label, name in models.items():
         model = lm.load_model(name, s["seed"]).to(device).eval()
         shared = lm.shares_prompt(model, data.collate(longest, True), data.collate(longest, False))
-        batches = data.scoring_batches(pairs, 2048, shared, *ranks)
+        batches = data.scoring_batches(pairs, 2048, shared, *lm.rank_and_world())
         scores = lm.score_pairs(model, batches, [pair.source for pair in pairs], f"{name} {label}").double()
         chosen, rejected = (scores / lengths if s["objective"] in LENGTH_NORMALISED else scores).unbind(1)
         margins = chosen - rejected
@@ -567,7 +565,7 @@ def report_run(folder: Path, device: Any) -> dict[str, dict[str, float]]:
     lengths. In a distributed run call it on every rank, as they share the scoring. Without held-out pairs:
     {}, after saying so."""
     s, tokenizer, models = open_run(folder)
-    (pairs, rows), first = held_out(s, tokenizer), not dist.is_initialized() or dist.get_rank() == 0
+    (pairs, rows), first = held_out(s, tokenizer), lm.rank_and_world()[0] == 0
     if not pairs:
         if first:
             print(f"{folder}: no held-out pairs, no report; train with --eval_data FILE or --eval_share 0.1")

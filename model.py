@@ -385,6 +385,10 @@ def shares_prompt(model: nn.Module, one_row: dict[str, Tensor], two_rows: dict[s
     return torch.allclose(*scores, rtol=1e-4, atol=1e-2)
 
 
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     if device.type == "cuda":
         return {key: value.pin_memory().to(device, non_blocking=True) for key, value in batch.items()}
@@ -404,14 +408,13 @@ def score_pairs(
     [N]. label: of the progress bar, if one is wanted. Raises ValueError with the names of pairs that have no
     score, or none that is finite.
     """
-    device, parallel = next(model.parameters()).device, dist.is_initialized()
+    (rank, world), device = rank_and_world(), next(model.parameters()).device
     scores = torch.full((len(names), 2), -torch.inf, device=device)  # a pair that nobody scores is an error
-    silent = not label or (parallel and dist.get_rank() > 0)
-    with tqdm(total=len(names), desc=label, unit="pair", disable=silent) as bar:
+    with tqdm(total=len(names), desc=label, unit="pair", disable=rank > 0 or not label) as bar:
         for index, batch in batches:
             scores[index] = sequence_logps(model, to_device(batch, device))
-            bar.update(len(index) * (dist.get_world_size() if parallel else 1))
-    if parallel:
+            bar.update(len(index) * world)
+    if world > 1:
         dist.all_reduce(scores, dist.ReduceOp.MAX)
     if bad := (~scores.isfinite()).any(1).nonzero().flatten().tolist():
         of, which = f"{len(bad)} of {len(names)} pairs", ", ".join(names[i] for i in bad[:8])

@@ -204,7 +204,7 @@ def rmo(s: Settings, device: torch.device) -> None:
     def score(side: str, model: nn.Module) -> dict[str, Tensor]:
         """s(y+) and s(y-) of every pair, sums or means over tokens as the objective has it."""
         with timed(clock, "scoring"):
-            batches = data.scoring_batches(pairs, s.micro_batch_tokens, run.shared, *rank_and_world())
+            batches = data.scoring_batches(pairs, s.micro_batch_tokens, run.shared, *lm.rank_and_world())
             sums = lm.score_pairs(model, batches, [pair.source for pair in pairs], f"{side} scores")
         chosen, rejected = (sums / lengths if s.per_token else sums).unbind(1)
         return {f"{side}_chosen": chosen, f"{side}_rejected": rejected}
@@ -376,7 +376,7 @@ def fit(
     weights, AdamW's moments) is saved every save_steps and on SIGTERM or Ctrl-C; where the run folder has one
     of this stage, the loop goes on from it.
     """
-    (rank, world), device, out = rank_and_world(), next(model.parameters()).device, Path(s.output_dir)
+    (rank, world), device, out = lm.rank_and_world(), next(model.parameters()).device, Path(s.output_dir)
     model.train()  # dropout is 0 all the same; gradient checkpointing wants it
     if s.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
@@ -517,7 +517,7 @@ def prepare(s: Settings, device: torch.device) -> Run:
     say(f"model: {type(model).__name__}, {count:,} parameters, {kind}, {state:.2g} GiB besides activations")
     parts = ", ".join(f"{len(part):,} to {use}" for use, part in splits.items())
     say(f"pairs: {data.listed(counts)}; {parts}")
-    say(f"batches of {s.batch_size} pairs over {rank_and_world()[1]} rank(s) on {device.type}")
+    say(f"batches of {s.batch_size} pairs over {lm.rank_and_world()[1]} rank(s) on {device.type}")
     if not shared:
         say("two rows a pair, slower: this model's mask or positions do not let responses share a prompt")
     for pair in pairs[:3]:
@@ -718,7 +718,7 @@ def report_speed(
     trained = [run.pairs[i] for i in kept.tolist()]
     responses = sum(len(p.chosen) + len(p.rejected) for p in trained) / sum(p.size for p in trained)
     body, head = run.product_weights
-    flops = (4 if frozen else 6) * tokens * (body + head * responses) / seconds / rank_and_world()[1]
+    flops = (4 if frozen else 6) * tokens * (body + head * responses) / seconds / lm.rank_and_world()[1]
     possible = lm.product_speed(device)
     say(
         f"policy training: {pairs / seconds:.3g} pairs/s, {tokens / seconds:,.0f} tokens/s (a prompt counted "
@@ -735,12 +735,8 @@ def generator(*key: Any) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7]))
 
 
-def rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def say(text: str) -> None:
-    if rank_and_world()[0] == 0:
+    if lm.rank_and_world()[0] == 0:
         tqdm.write(text)
         sys.stdout.flush()
 
@@ -752,7 +748,7 @@ def barrier() -> None:
 
 def on_rank_0(act: Callable[[], Any]) -> None:
     """Do something once; all ranks go on when it is done."""
-    if rank_and_world()[0] == 0:
+    if lm.rank_and_world()[0] == 0:
         act()
     barrier()
 
@@ -768,14 +764,12 @@ def timed(clock: Counter, stage: str) -> Iterator[None]:
 def stop_signals() -> Iterator[list[int]]:
     """A list that is empty until SIGTERM or Ctrl-C comes; a second one acts as usual."""
     seen: list[int] = []
-    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def note(number: int, _: Any) -> None:
         seen.append(number)
         signal.signal(number, usual[number])
 
-    for number in usual:
-        signal.signal(number, note)
+    usual = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield seen
     finally:
