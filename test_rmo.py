@@ -1469,7 +1469,7 @@ def test_what_does_not_belong_together_is_refused(whole_run, tmp_path):
         ({"proxy": str(whole_run), "seed": 5}, "of another data"),
         ({"proxy": str(whole_run), "objective": "slic"}, "of another objective"),
         ({"proxy": str(whole_run), "sft_lr": 1e-5}, "sft_lr"),
-        ({"proxy": str(whole_run), "beta": 0.5}, "of another beta .1.0 there, 0.5 here"),
+        ({"proxy": str(whole_run), "beta": 0.5}, "of another beta 1.0 there, 0.5 here"),
         ({"proxy": str(whole_run), "filter_ratio": 0.01}, "step 1 .* alone removes.*--proxy"),
     ]:
         (tmp_path / "something").touch()

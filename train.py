@@ -66,6 +66,7 @@ from data import BUILTIN, Pair
 from filter import dual_denoising_filter, margin_decrease, tau_for_ratio
 
 Objective = Literal["dpo", "ipo", "simpo", "orpo", "slic", "kto", "beta_dpo"]
+Partition, Scorer = Literal["high", "random", "low"], Literal["proxy", "policy"]
 Plan = Callable[[int, nn.Module], Tensor]  # (epoch, model) -> [n, m]
 PARTITIONS = {"high": high_variance_batches, "random": random_batches, "low": low_variance_batches}
 
@@ -82,44 +83,31 @@ class Settings:
     orpo; sd is the population standard deviation of the proxy's margins."""
 
     model: str = flag(BUILTIN, "folder or hub id of a causal LM; 'built-in' makes a tiny one")
-    data: str = flag(
-        BUILTIN, "pairs: .json, .jsonl, .gz of these, hub dataset 'owner/name[:file]', or 'built-in'"
-    )
+    data: str = flag(BUILTIN, "pairs: .json, .jsonl, .gz of these, 'owner/name[:file]' on the hub")
     eval_data: str | None = flag(None, "held-out pairs, in the same formats")
     eval_share: float = flag(0.0, "or this share (0 to 0.9) of the prompts of --data, drawn by seed")
     limit: int | None = flag(None, "read only the first K pairs of --data, for a quick look")
     output_dir: str = flag("runs/rmo", "the run folder; the same command goes on where it stopped")
     chat_template: str | None = flag(None, "file with a Jinja chat template, for a tokenizer that has none")
-    proxy: str | None = flag(
-        None, "finished run on the same data and model, to share its SFT, margins and proxy"
-    )
+    proxy: str | None = flag(None, "run on the same data and model, to share its SFT, margins and proxy")
 
     objective: Objective = flag("dpo", "the loss that RMO is added to")
-    beta: float | None = flag(
-        None,
-        "temperature of the objective (default: 2 for simpo, else 0.1; built-in 1 where scores are sums)",
-    )
+    beta: float | None = flag(None, "temperature (default: 2 for simpo, else 0.1; built-in 1 for sums)")
     label_smoothing: float = flag(0.0, "dpo only: share of labels taken to be wrong, 0 to 0.5")
     simpo_gamma: float | None = flag(None, "simpo only: target reward margin (default: 1)")
 
     filter_ratio: float | None = flag(None, "share of pairs to remove, by a tau that does it; 0 = none")
     tau: float | None = flag(None, "or Eq. 8's threshold on |proxy margin| (default: 0.1 sd)")
     gamma: float | None = flag(None, "Eq. 8: width of the soft threshold (default: 0.01 sd)")
-    batching: Literal["high", "random", "low"] = flag(
-        "high", "margin variance in a batch; high is Algorithm 1"
-    )
-    batch_margins: Literal["proxy", "policy"] = flag(
-        "proxy", "whose margins; policy scores all pairs each epoch"
-    )
+    batching: Partition = flag("high", "margin variance in a batch; high is Algorithm 1")
+    batch_margins: Scorer = flag("proxy", "whose margins; policy scores all pairs each epoch")
     lambda_reg: float | None = flag(
-        None, "Eq. 14: weight of the amplification, 0 = off (default: 0.16 alpha beta; ipo 0.32 alpha / beta)"
+        None, "Eq. 14: weight, 0 = no amplification (default: 0.16 alpha beta; ipo 0.32 alpha / beta)"
     )
     alpha: float | None = flag(None, "Eq. 14: scale (default: 1 sd)")
     median: float | None = flag(None, "Eq. 14: median (default: that of the proxy margins)")
 
-    sft_epochs: int | None = flag(
-        None, "epochs of SFT on chosen of a fifth of the data (default: 15 built-in, else 0)"
-    )
+    sft_epochs: int | None = flag(None, "epochs of SFT on a fifth of the data (default: 15 built-in, else 0)")
     sft_lr: float | None = flag(None, "peak learning rate of SFT (default: 3e-3 built-in, else 2e-5)")
     epochs: int = flag(3, "epochs of proxy and of policy training")
     batch_size: int = flag(16, "pairs in a global batch, over all ranks")
@@ -127,16 +115,10 @@ class Settings:
     warmup: float = flag(0.1, "share of the steps in which lr rises; then it falls to 0; both linearly")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
     max_length: int = flag(1024, "tokens of a prompt and one response; what is more is cut off")
-    max_prompt_length: int | None = flag(
-        None, "tokens of a prompt (default: what its responses leave, at least half)"
-    )
-    lora_rank: int = flag(
-        0, "LoRA of this rank on all linear layers but the head (authors: 8), 0 = all weights"
-    )
+    max_prompt_length: int | None = flag(None, "tokens of a prompt (default: what is left, at least half)")
+    lora_rank: int = flag(0, "LoRA of this rank on all linear layers but the head, 0 = train all weights")
     gradient_checkpointing: bool = flag(False, "keep no activations: less memory, a third more time")
-    micro_batch_tokens: int | None = flag(
-        None, "tokens in a forward pass (default: CUDA 16384, CPU 384, built-in 2048)"
-    )
+    micro_batch_tokens: int | None = flag(None, "tokens a pass (default: CUDA 16384, CPU 384, built-in 2048)")
     save_steps: int = flag(100, "optimizer steps between checkpoints: the most that a crash can cost")
     seed: int = flag(0, "of data splits, filter draw, batches and initial weights")
 
@@ -535,22 +517,30 @@ def open_donor(s: Settings, identity: dict[str, str]) -> Path | None:
     donor = Path(s.proxy)
     if not (donor / "config.json").is_file():
         raise ValueError(f"--proxy {donor}: no run of train.py (no config.json)")
-    theirs = evaluate.read_config(donor)
     keys = ["sft_epochs"] + ["sft_lr"] * bool(s.sft_epochs)
     if s.needs_proxy:
         keys += "beta label_smoothing simpo_gamma epochs batch_size lr lora_rank warmup".split()
-    ours = identity | {key: getattr(s, key) for key in keys}
-    for key, value in ours.items():
-        other = (theirs["settings"] | theirs).get(key)  # a fingerprint says more than the flag of its name
-        if other != value:
-            raise ValueError(f"--proxy {donor}: of another {key} ({other} there, {value} here)")
+    if other := differences(donor, identity | {key: getattr(s, key) for key in keys}):
+        raise ValueError(f"--proxy {donor}: of another {other}")
     scores = load_scores(donor, identity)
-    finished_plain = (donor / "policy").is_dir() and evaluate.is_plain(theirs["settings"])
+    plain = evaluate.is_plain(evaluate.read_config(donor)["settings"])
+    finished_plain = plain and (donor / "policy").is_dir()
     if not scores or (s.needs_proxy and "proxy_chosen" not in scores and not finished_plain):
         raise ValueError(
             f"--proxy {donor}: has no proxy margins and is no finished plain run, itself a proxy"
         )
     return donor
+
+
+def differences(run: Path, ours: dict[str, Any]) -> str:
+    """What config.json of a run has otherwise; nothing: ""."""
+    config = evaluate.read_config(run)
+    theirs = config["settings"] | config  # a fingerprint says more than the flag of its name
+    return "; ".join(
+        f"{key} {theirs.get(key)!r} there, {value!r} here"
+        for key, value in ours.items()
+        if theirs.get(key) != value
+    )
 
 
 def open_run(s: Settings, identity: dict[str, str]) -> None:
@@ -560,16 +550,11 @@ def open_run(s: Settings, identity: dict[str, str]) -> None:
     versions = {"python": platform.python_version()} | {key: m.__version__ for key, m in modules.items()}
     config = {"settings": settings, "versions": versions} | identity
     if (out / "config.json").is_file():
-        theirs = evaluate.read_config(out)
         free = "save_steps", "output_dir", "micro_batch_tokens"  # the result is the same, but for rounding
         ours = {key: value for key, value in (settings | identity).items() if key not in free}
-        there = {key: (theirs["settings"] | theirs).get(key) for key in ours}
-        changed = [
-            f"{key} {there[key]!r} there, {ours[key]!r} here" for key in ours if there[key] != ours[key]
-        ]
-        if changed:
+        if other := differences(out, ours):
             raise ValueError(
-                f"{out} holds a run of another configuration ({'; '.join(changed)}): "
+                f"{out} holds a run of another configuration ({other}): "
                 "choose another --output_dir, or delete it"
             )
     elif out.exists() and any(out.iterdir()):
