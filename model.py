@@ -127,7 +127,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)  # a killed run's
     try:
         write(unfinished)
-        for part in unfinished.iterdir() if unfinished.is_dir() else [unfinished]:
+        for part in filter(Path.is_file, [unfinished, *unfinished.rglob("*")]):
             with part.open("rb") as file:
                 os.fsync(file.fileno())
         shutil.rmtree(path, ignore_errors=True)  # a damaged folder
@@ -143,7 +143,8 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     def write(unfinished: Path) -> None:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        sums = {path.name: checksum(path) for path in sorted(unfinished.iterdir())}
+        files = filter(Path.is_file, sorted(unfinished.rglob("*")))
+        sums = {str(path.relative_to(unfinished)): checksum(path) for path in files}
         (unfinished / CHECKSUMS).write_text(json.dumps(sums, indent=1))
 
     write_atomically(folder, write)

@@ -627,6 +627,17 @@ def test_lora_starts_as_nothing_and_merges_into_the_same_function():
     )
 
 
+def test_checksums_see_every_file_of_a_model_folder(tmp_path):
+    tokenizer = lm.builtin_tokenizer(["tea"])
+    tokenizer.chat_template = {"default": lm.BUILTIN_TEMPLATE, "other": "{{ 'x' }}"}  # saved in a sub-folder
+    lm.save_model(lm.builtin_model(0), tokenizer, tmp_path / "model")
+    assert lm.damage(tmp_path / "model") == "" and {p.name for p in tmp_path.iterdir()} == {"model"}
+    lm.load_model(tmp_path / "model")
+    flip_a_byte(next((tmp_path / "model").rglob("other*")))
+    with pytest.raises(ValueError, match="other.* is not as it was written"):
+        lm.load_model(tmp_path / "model")
+
+
 def test_fingerprints_tell_models_and_data_apart():
     one, other = tiny("llama"), tiny("llama")
     assert lm.fingerprint(one) == lm.fingerprint(other)
