@@ -571,13 +571,18 @@ def test_fast_products_and_attention_give_the_plain_scores_and_gradients(kind, c
         plain_products()
 
 
-def test_scores_that_are_not_finite_are_refused():
+def test_scores_that_are_missing_or_not_finite_are_refused():
     model, pairs = tiny("llama"), some_pairs(3)
     pairs[1] = pairs[1]._replace(prompt=[1])  # a token that the others do not have
     model.model.embed_tokens.weight.data[1] = math.nan
     names = ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]
     with pytest.raises(ValueError, match="1 of 3 pairs have no finite log-probability: a.jsonl:2"):
         lm.score_pairs(model, data.scoring_batches(pairs, 100), names)
+    some = data.scoring_batches(
+        pairs, 100, rank=1, world=3
+    )  # the second pair only, as if two ranks were gone
+    with pytest.raises(ValueError, match="2 of 3 pairs have no .*: a.jsonl:1, a.jsonl:3"):
+        lm.score_pairs(tiny("llama"), some, names)
 
 
 def test_code_and_pickles_that_come_with_a_model_are_refused(tmp_path):
