@@ -10,7 +10,7 @@ the text ("small margin downsampling") and the reported 6 % at tau = 14 say the 
 expression as the probability of removal; retention is 0.5 [1 + tanh((x - tau)/gamma)]. 2) The paper tunes tau
 to reach a filter ratio; `tau_for_ratio` solves for it. The ratio counts what both steps remove, over N.
 
-    gamma = 0.01 * proxy.std().item()    # the paper gives none; 1 nat is right for margins that vary by 100
+    gamma = 0.01 * proxy.std().item()    # the paper's 1 nat is for margins with a standard deviation of 142
     tau = tau_for_ratio(base, proxy, ratio=0.06, gamma=gamma)
     kept = dual_denoising_filter(base, proxy, tau, gamma, torch.Generator().manual_seed(0))
 
