@@ -7,7 +7,7 @@ that rejected never sees chosen. Nothing after model.py knows about tokens.
 
 The rules, each with a test of its name: message lists go through the chat template as whole conversations and
 get no further special tokens; plain strings are plain text, one BOS in front if the tokenizer has one, one
-end token behind; control tokens written inside a text are encoded as text, so that nobody can forge a turn;
+end token behind; special tokens written inside a text are encoded as text, so that they cannot forge a turn;
 prompt and response are split on token ids; a response has exactly one end token, supervised, unless it was
 truncated; padding is known by length, never by id. Pairs with an empty response, with identical responses
 (before or after truncation: their margin is exactly 0), or with unequal prompts are dropped and counted by
@@ -19,10 +19,11 @@ import hashlib
 import json
 import random
 import re
+import secrets
+import zlib
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
 from itertools import accumulate, chain, islice
 from os.path import commonprefix  # of any sequences
 from pathlib import Path
@@ -37,6 +38,7 @@ ENDING = re.compile(r"\.(jsonl?)(\.gz)?$")
 # Llama 3's template writes today's date into the system prompt: data would change at midnight, and with it
 # splits and fingerprints. This is the date that it falls back to.
 FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+MARK = secrets.token_hex()  # around special tokens that a user wrote, while a template is rendered
 FORMATS = (
     'give {"prompt", "chosen", "rejected"} as strings or as message lists, {"chosen", "rejected"} as message '
     "lists that begin alike, or Anthropic HH transcripts"
@@ -56,6 +58,11 @@ class Pair(NamedTuple):
     def size(self) -> int:
         """Tokens of the row that holds the prompt once."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer plain row."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
 # ------------------------------------------------------------------------------------------------------- read
@@ -124,7 +131,7 @@ def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
                         yield f"{path}:{number}", parse(line, f"{path}:{number}")
                 return
             values = parse(file.read(), str(path))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
     if not isinstance(values, list):
         raise ValueError(f"{path}: a .json file must hold one list of pairs, not {type(values).__name__}")
@@ -218,7 +225,8 @@ def tokenize_preferences(
             start = [bos] if bos_added and alone[:1] != [bos] else []
             alone, full = start + alone, [start + side + [tokenizer.eos_token_id] for side in full]
         else:
-            full = [_one_end_token(side, len(alone), set(special.values()), tokenizer) for side in full]
+            shared = len(commonprefix([alone, *full]))
+            full = [_one_end_token(side, shared, set(special.values()), tokenizer) for side in full]
         # Tokens merged across the boundary differ from those the prompt has alone: they go to the response.
         prompt = commonprefix([alone, *full])
         counts["prompt and response merged at the boundary"] += len(prompt) < len(alone)
@@ -260,22 +268,13 @@ def _parts(row: dict[str, Any], side: str | None, tokenizer: Any, controls: str)
             f"{row['source']}: messages, but the tokenizer has no template: --chat_template FILE"
         )
     messages = row["prompt"] + ([row[side]] if side else [])
-    mark, held = "\ue000", []  # in place of control tokens that a user wrote, while the template is rendered
-    while any(mark in message["content"] for message in messages):
-        mark += "\ue000"
-    mark += "\ue001"
-
-    def hold(match: re.Match) -> str:
-        held.append(match[0])
-        return mark
-
-    safe = [message | {"content": re.sub(controls, hold, message["content"])} for message in messages]
-    how = {"chat_template": FIXED_DATE + tokenizer.chat_template, "add_generation_prompt": side is None}
+    safe = [m | {"content": re.sub(controls, rf"{MARK}\g<0>{MARK}", m["content"])} for m in messages]
     try:
-        rendered = tokenizer.apply_chat_template(safe, tokenize=False, **how)
+        how = {"chat_template": FIXED_DATE + tokenizer.get_chat_template(), "tokenize": False}
+        rendered = tokenizer.apply_chat_template(safe, add_generation_prompt=side is None, **how)
     except Exception as error:  # templates raise what they like, for example on a system message
         raise ValueError(f"{row['source']}: the chat template refuses this conversation ({error})") from None
-    return [part for both in zip(rendered.split(mark), [*held, ""]) for part in both]
+    return re.split(f"{MARK}({controls}){MARK}", rendered)
 
 
 def _encode(texts: list[list[str]], tokenizer: Any) -> list[list[int]]:
@@ -352,7 +351,7 @@ def fingerprint(pairs: list[Pair]) -> str:
 
 def micro_batches(pairs: list[Pair], tokens: int, shared_prompt: bool = True) -> list[list[int]]:
     """Indices into pairs in groups of similar length, at most `tokens` when padded (or 1 pair)."""
-    sizes = [pair.size if shared_prompt else pair.size + len(pair.prompt) for pair in pairs]
+    sizes = [pair.size if shared_prompt else 2 * pair.length for pair in pairs]
     groups: list[list[int]] = []
     for index in sorted(range(len(pairs)), key=lambda i: -sizes[i]):
         if groups and (len(groups[-1]) + 1) * sizes[groups[-1][0]] <= tokens:
@@ -456,7 +455,11 @@ def true_reward(prompt: str, response: str) -> float:
     +0.8 for each detail of the topic asked about, -0.8 for one of another topic, +0.8 for politeness, -1
     for rudeness, -0.2 for filler, and -0.5 for a sentence said again or unknown (made-up words).
     """
-    worth, reward, said = _worth(_details(prompt)), 0.0, set()
+    asked, reward, said = _details(prompt), 0.0, set()
+    worth = dict.fromkeys(POLITE, 0.8) | dict.fromkeys(RUDE, -1.0) | dict.fromkeys(FILLER, -0.2)
+    for detail in DETAILS:  # the last sentence may lack its stop
+        value = 0.8 if detail in asked else -0.8
+        worth |= {f"You need {detail}.": value, f"You need {detail}": value}
     for sentence in map(str.strip, re.findall(r"[^.]+\.?", response.strip())):
         reward += -0.5 if sentence in said else worth.get(sentence, -0.5)
         said.add(sentence)
@@ -467,16 +470,6 @@ def _details(prompt: str) -> tuple[str, ...]:
     """Those of the topic asked about, the first of TOPICS whose letters are in the prompt: so "Can you teach
     me camping?" asks about tea."""
     return next((details for topic, details in TOPICS.items() if topic in prompt), ())
-
-
-@cache
-def _worth(asked: tuple[str, ...]) -> dict[str, float]:
-    """What each known sentence is worth where these details are asked for; the last one may lack its stop."""
-    worth = dict.fromkeys(POLITE, 0.8) | dict.fromkeys(RUDE, -1.0) | dict.fromkeys(FILLER, -0.2)
-    for detail in DETAILS:
-        value = 0.8 if detail in asked else -0.8
-        worth |= {f"You need {detail}.": value, f"You need {detail}": value}
-    return worth
 
 
 def _prompts() -> list[str]:

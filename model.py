@@ -84,7 +84,7 @@ def _from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
         return kind.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # missing or damaged files, no network, no causal LM, ...
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise ValueError(f"{name}: cannot be loaded as a causal language model ({said})") from None
+        raise ValueError(f"{name}: cannot be loaded ({said}); give a causal language model") from None
 
 
 def builtin_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -167,8 +167,8 @@ def checksum(path: Path) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """16 hex digits of the architecture's names and shapes and of some 1,000 evenly spaced weights of every
-    tensor."""
+    """16 hex digits of the architecture's names and shapes and of 1,000 to 2,000 evenly spaced weights of
+    every tensor."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 1024)].float().cpu()
@@ -368,8 +368,8 @@ def sequence_logps(model: nn.Module, batch: dict[str, Tensor], exact: bool = Fal
 @torch.no_grad()
 def shares_prompt(model: nn.Module, one_row: dict[str, Tensor], two_rows: dict[str, Tensor]) -> bool:
     """Whether one row a pair gives this model the log-probabilities of two plain rows (data.collate makes
-    both; try it on the longest pair). Not so for models whose mask is not ours to give (sliding windows
-    shorter than the row, recurrent layers) or that take no position ids.
+    both; try it on the pair with the longest plain row). Not so for models whose mask is not ours to give
+    (sliding windows shorter than a plain row, recurrent layers) or that take no position ids.
     """
     device = next(model.parameters()).device
     products = torch.backends.cuda.matmul

@@ -519,6 +519,15 @@ def test_models_that_cannot_share_the_prompt_are_found_out():
     assert torch.allclose(lm.sequence_logps(model, both[1]).double(), naive_scores(model, longest), rtol=1e-4)
 
 
+def test_a_window_is_found_out_by_the_longest_plain_row(tmp_path):
+    model = tiny("mistral")  # window 4: the first pair has the longer row, the second the longer plain row
+    model.save_pretrained(tmp_path)
+    pairs = [data.Pair([1], [2, 3, 4], [5, 6, 7], "a", 0), data.Pair([1], [2, 3, 4, 5], [6], "b", 1)]
+    ((_, _, margins, _),) = evaluate.scored({"": tmp_path}, pairs, {"objective": "dpo", "seed": 0}, "cpu")
+    naive = naive_scores(model, pairs)
+    assert torch.allclose(margins, naive[:, 0] - naive[:, 1], rtol=1e-4)
+
+
 def test_scores_do_not_depend_on_padding_other_rows_or_micro_batches():
     model, pairs = tiny("llama"), some_pairs(12)
     alone = torch.cat([lm.sequence_logps(model, data.collate([pair])) for pair in pairs])
@@ -754,6 +763,7 @@ GOOD = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"})
         ("x.jsonl", b"\xff\xfe", "cannot be read"),
         ("x.jsonl.gz", b"no gzip", "cannot be read"),
         ("x.jsonl.gz", gzip.compress(GOOD.encode())[:-9], "cannot be read"),
+        ("x.jsonl.gz", gzip.compress(GOOD.encode())[:10] + b"\xff" * 30, "cannot be read"),
         ("x.txt", GOOD, "must end in"),
         ("", "", "no such file"),
     ],
@@ -947,6 +957,21 @@ def test_templates_that_differ(tokenizer, tmp_path, monkeypatch):
     (pair,), _ = pairs_of([row], tokenizer, tmp_path)
     assert tokenizer.decode(pair.prompt).startswith("26 Jul 2024<|user|>Tea?")
 
+    system = {"prompt": [{"role": "system", "content": "be <|end|>"}, *row["prompt"]]}
+    skips = "{% if m.role != 'system' %}{{ m.content }} {{ m.content }}{% endif %}"  # or prints twice
+    template = lm.BUILTIN_TEMPLATE.replace("{{ m.content }}", skips)
+    thinks = template.replace(
+        "{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|>hm "
+    )
+    for kind in (template, {"default": template, "tool_use": "x"}, thinks):
+        monkeypatch.setattr(tokenizer, "chat_template", kind)
+        (pair,), _ = pairs_of([chat("", "Hot<|user|>", "No.") | system], tokenizer, tmp_path)
+        assert tokenizer.decode(pair.prompt) == "<|system|><|end|><|user|>Tea? Tea?<|end|><|assistant|>"
+        assert (
+            tokenizer.decode(pair.chosen) == "Hot<|user|> Hot<|user|><|end|>"
+            and pair.chosen.count(0) == pair.rejected.count(0) == 1
+        )
+
 
 def test_one_bos_at_most(tokenizer, tmp_path, monkeypatch):
     from tokenizers.processors import TemplateProcessing
@@ -1048,6 +1073,15 @@ def test_collate_by_hand():
         [7, 8, 9],
         [0, 0, 1],
     )
+
+
+def test_micro_batches_keep_to_their_tokens_when_padded():
+    pairs = [data.Pair([1] * (1 + i % 7), [2] * (1 + 5 * i), [3] * (9 - i % 5), "", i) for i in range(20)]
+    for shared in (True, False):
+        groups = data.micro_batches(pairs, 250, shared)
+        assert sorted(sum(groups, [])) == list(range(20)) and max(map(len, groups)) > 1
+        sizes = [data.collate([pairs[i] for i in group], shared)["input_ids"].numel() for group in groups]
+        assert max(sizes) <= 250
 
 
 def test_split_by_prompt_keeps_prompts_together_and_ignores_the_order():
@@ -1587,6 +1621,17 @@ def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_when_there_is_space
         "checkpoint",
     }
     assert equal(weights(run(tmp_path / "run")), weights(whole_run))
+
+
+def test_a_pair_longer_than_the_models_positions_is_refused_before_training(tmp_path, monkeypatch):
+    model = lm.builtin_model(0)
+    model.config.max_position_embeddings = 16
+    monkeypatch.setattr(lm, "builtin_model", lambda seed: model)
+    with pytest.raises(
+        ValueError, match=r"row \d+: \d\d tokens, the model has 16 positions: --max_length 16"
+    ):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_equal_margins_give_an_error_or_a_result_and_no_nan(tmp_path, monkeypatch, capsys):

@@ -403,11 +403,12 @@ def fit(
             totals: Counter[str] = Counter()
             for group in groups:
                 index = [mine[i] for i in group]
-                micro_batch = lm.to_device(data.collate([pairs[i] for i in index], shared), device)
+                micro_batch = data.collate([pairs[i] for i in index], shared) | {"index": torch.tensor(index)}
+                micro_batch = lm.to_device(micro_batch, device)
                 last = group is groups[-1]
                 with nullcontext() if world == 1 or last else parallel.no_sync():
                     scores = lm.sequence_logps(parallel, micro_batch)  # [B, 2]
-                    losses, stats = loss_of(scores, torch.tensor(index, device=device), whole, running)
+                    losses, stats = loss_of(scores, micro_batch["index"], whole, running)
                     (losses.sum() * weight * world).backward()  # DDP divides by world
                 for key, value in ({"loss": losses} | stats).items():
                     totals[key] = totals[key] + value.detach().double().sum() * weight
@@ -417,7 +418,7 @@ def fit(
             sums = torch.stack([value.double() for value in (*totals.values(), stop)])
             if world > 1:
                 dist.all_reduce(sums)
-            # the step's one wait for the GPU
+            # all that is logged in one transfer
             *sums, stop, norm = torch.cat([sums, norm.double()[None]]).tolist()
             values = dict(zip(totals, sums))
             if not (math.isfinite(values["loss"]) and math.isfinite(norm)):
@@ -487,7 +488,13 @@ def prepare(s: Settings, device: torch.device) -> Run:
     model = lm.load_model(s.model, s.seed).to(device)
     identity = {"data": data.fingerprint(pairs), "model": lm.fingerprint(model), "objective": s.objective}
     donor = open_donor(s, identity)
-    longest = [max(pairs, key=lambda pair: pair.size)]
+    longest = [max(pairs + splits["sft"], key=lambda pair: pair.length)]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if longest[0].length > positions:
+        raise ValueError(
+            f"{longest[0].source}: {longest[0].length} tokens, the model has {positions} positions: "
+            f"--max_length {positions}"
+        )
     shared = lm.shares_prompt(model, data.collate(longest, True), data.collate(longest, False))
     open_run(s, identity)
 
