@@ -24,6 +24,7 @@ import zlib
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from itertools import accumulate, chain, islice
 from os.path import commonprefix  # of any sequences
 from pathlib import Path
@@ -455,11 +456,7 @@ def true_reward(prompt: str, response: str) -> float:
     +0.8 for each detail of the topic asked about, -0.8 for one of another topic, +0.8 for politeness, -1
     for rudeness, -0.2 for filler, and -0.5 for a sentence said again or unknown (made-up words).
     """
-    asked, reward, said = _details(prompt), 0.0, set()
-    worth = dict.fromkeys(POLITE, 0.8) | dict.fromkeys(RUDE, -1.0) | dict.fromkeys(FILLER, -0.2)
-    for detail in DETAILS:  # the last sentence may lack its stop
-        value = 0.8 if detail in asked else -0.8
-        worth |= {f"You need {detail}.": value, f"You need {detail}": value}
+    worth, reward, said = _worth(_details(prompt)), 0.0, set()
     for sentence in map(str.strip, re.findall(r"[^.]+\.?", response.strip())):
         reward += -0.5 if sentence in said else worth.get(sentence, -0.5)
         said.add(sentence)
@@ -470,6 +467,16 @@ def _details(prompt: str) -> tuple[str, ...]:
     """Those of the topic asked about, the first of TOPICS whose letters are in the prompt: so "Can you teach
     me camping?" asks about tea."""
     return next((details for topic, details in TOPICS.items() if topic in prompt), ())
+
+
+@cache
+def _worth(asked: tuple[str, ...]) -> dict[str, float]:
+    """What each known sentence is worth where these details are asked for; the last one may lack its stop."""
+    worth = dict.fromkeys(POLITE, 0.8) | dict.fromkeys(RUDE, -1.0) | dict.fromkeys(FILLER, -0.2)
+    for detail in DETAILS:
+        value = 0.8 if detail in asked else -0.8
+        worth |= {f"You need {detail}.": value, f"You need {detail}": value}
+    return worth
 
 
 def _prompts() -> list[str]:
