@@ -220,16 +220,16 @@ def tokenize_preferences(
         texts += parts
     ids = _encode(texts, tokenizer)
 
-    pairs = []
+    pairs, control_ids = [], set(special.values())
     for (index, row), alone, *full in zip(usable, ids[0::3], ids[1::3], ids[2::3]):
-        if isinstance(row["prompt"], str):
+        plain = isinstance(row["prompt"], str)
+        if plain:
             start = [bos] if bos_added and alone[:1] != [bos] else []
             alone, full = start + alone, [start + side + [tokenizer.eos_token_id] for side in full]
-        else:
-            shared = len(commonprefix([alone, *full]))
-            full = [_one_end_token(side, shared, set(special.values()), tokenizer) for side in full]
         # Tokens merged across the boundary differ from those the prompt has alone: they go to the response.
         prompt = commonprefix([alone, *full])
+        if not plain:
+            full = [_one_end_token(side, len(prompt), control_ids, tokenizer) for side in full]
         counts["prompt and response merged at the boundary"] += len(prompt) < len(alone)
         responses = [side[len(prompt) :] for side in full]
         longest = max(map(len, responses))
@@ -371,6 +371,12 @@ def scoring_batches(
     for group in micro_batches([pairs[i] for i in mine], tokens, shared_prompt):
         index = [mine[i] for i in group]
         yield index, collate([pairs[i] for i in index], shared_prompt)
+
+
+def both_ways(pairs: list[Pair]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The pair with the longest plain row as one row and as two rows, for model.shares_prompt."""
+    longest = [max(pairs, key=lambda pair: pair.length)]
+    return collate(longest, True), collate(longest, False)
 
 
 def collate(pairs: list[Pair], shared_prompt: bool = True) -> dict[str, Tensor]:

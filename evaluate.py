@@ -225,7 +225,7 @@ def read_prompts(source: str) -> list[Row]:
 
 def write_outputs(path: Path, name: str, model: Any, tokenizer: Any, prompts: list[Row], how: Row) -> None:
     """AlpacaEval's model_outputs.json; each response is stored beside it, in .jsonl, as it comes."""
-    room = (getattr(model.config, "max_position_embeddings", None) or 10**6) - how["max_new_tokens"]
+    room = lm.positions(model) - how["max_new_tokens"]
     # responses that begin with a space do not merge with the end of a prompt that is plain text
     rows = [as_row(prompt["prompt"], " a", " b", tokenizer) for prompt in prompts]
     ids = [pair.prompt for pair in data.tokenize_preferences(rows, tokenizer, room + 64, room)[0]]
@@ -539,11 +539,11 @@ def scored(models: Row, pairs: list[Pair], s: Row, device: Any) -> Iterator[tupl
 
     Accuracy: the share above 0; reward accuracy: above the first model's, which the implicit reward is
     relative to. Small: within a tenth of a standard deviation of 0, as tau = 14 is in the paper."""
-    start, longest = None, [max(pairs, key=lambda pair: pair.length)]
+    start, probe = None, data.both_ways(pairs)
     lengths = torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in pairs])
     for label, name in models.items():
         model = lm.load_model(name, s["seed"]).to(device).eval()
-        shared = lm.shares_prompt(model, data.collate(longest, True), data.collate(longest, False))
+        shared = lm.shares_prompt(model, *probe)
         batches = data.scoring_batches(pairs, 2048, shared, *lm.rank_and_world())
         scores = lm.score_pairs(model, batches, [pair.source for pair in pairs], f"{name} {label}").double()
         chosen, rejected = (scores / lengths if s["objective"] in LENGTH_NORMALISED else scores).unbind(1)

@@ -290,6 +290,11 @@ def accumulate_in_place(model: nn.Module) -> None:
             layer.forward = partial(forward, layer)
 
 
+def positions(model: nn.Module) -> int:
+    """How many tokens a plain row may have; a million where the model does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**6
+
+
 def product_weights(model: nn.Module) -> tuple[int, int]:
     """(weights that multiply every token, weights of the head, which multiplies response tokens only).
 
@@ -368,7 +373,7 @@ def sequence_logps(model: nn.Module, batch: dict[str, Tensor], exact: bool = Fal
 @torch.no_grad()
 def shares_prompt(model: nn.Module, one_row: dict[str, Tensor], two_rows: dict[str, Tensor]) -> bool:
     """Whether one row a pair gives this model the log-probabilities of two plain rows (data.collate makes
-    both; try it on the pair with the longest plain row). Not so for models whose mask is not ours to give
+    both, of the longest pair: data.both_ways). Not so for models whose mask is not ours to give
     (sliding windows shorter than a plain row, recurrent layers) or that take no position ids.
     """
     device = next(model.parameters()).device

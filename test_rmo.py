@@ -587,9 +587,7 @@ def test_scores_that_are_missing_or_not_finite_are_refused():
     names = ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]
     with pytest.raises(ValueError, match="1 of 3 pairs have no finite log-probability: a.jsonl:2"):
         lm.score_pairs(model, data.scoring_batches(pairs, 100), names)
-    some = data.scoring_batches(
-        pairs, 100, rank=1, world=3
-    )  # the second pair only, as if two ranks were gone
+    some = data.scoring_batches(pairs, 100, rank=1, world=3)  # pair 2 alone, as if two ranks were gone
     with pytest.raises(ValueError, match="2 of 3 pairs have no .*: a.jsonl:1, a.jsonl:3"):
         lm.score_pairs(tiny("llama"), some, names)
 

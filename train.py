@@ -488,14 +488,13 @@ def prepare(s: Settings, device: torch.device) -> Run:
     model = lm.load_model(s.model, s.seed).to(device)
     identity = {"data": data.fingerprint(pairs), "model": lm.fingerprint(model), "objective": s.objective}
     donor = open_donor(s, identity)
-    longest = [max(pairs + splits["sft"], key=lambda pair: pair.length)]
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if longest[0].length > positions:
+    longest, positions = max(pairs + splits["sft"], key=lambda pair: pair.length), lm.positions(model)
+    if longest.length > positions:
         raise ValueError(
-            f"{longest[0].source}: {longest[0].length} tokens, the model has {positions} positions: "
+            f"{longest.source}: {longest.length} tokens, the model has {positions} positions: "
             f"--max_length {positions}"
         )
-    shared = lm.shares_prompt(model, data.collate(longest, True), data.collate(longest, False))
+    shared = lm.shares_prompt(model, *data.both_ways([longest]))
     open_run(s, identity)
 
     given = {key: value for key, value in dataclasses.asdict(s).items() if value is not None}
@@ -527,11 +526,11 @@ def open_donor(s: Settings, identity: dict[str, str]) -> Path | None:
     keys = ["sft_epochs"] + ["sft_lr"] * bool(s.sft_epochs)
     if s.needs_proxy:
         keys += "beta label_smoothing simpo_gamma epochs batch_size lr lora_rank warmup".split()
-    if other := differences(donor, identity | {key: getattr(s, key) for key in keys}):
+    theirs = evaluate.read_config(donor)
+    if other := differences(theirs, identity | {key: getattr(s, key) for key in keys}):
         raise ValueError(f"--proxy {donor}: of another {other}")
     scores = load_scores(donor, identity)
-    plain = evaluate.is_plain(evaluate.read_config(donor)["settings"])
-    finished_plain = plain and (donor / "policy").is_dir()
+    finished_plain = evaluate.is_plain(theirs["settings"]) and (donor / "policy").is_dir()
     if not scores or (s.needs_proxy and "proxy_chosen" not in scores and not finished_plain):
         raise ValueError(
             f"--proxy {donor}: has no proxy margins and is no finished plain run, itself a proxy"
@@ -539,9 +538,8 @@ def open_donor(s: Settings, identity: dict[str, str]) -> Path | None:
     return donor
 
 
-def differences(run: Path, ours: dict[str, Any]) -> str:
-    """What config.json of a run has otherwise; nothing: ""."""
-    config = evaluate.read_config(run)
+def differences(config: dict[str, Any], ours: dict[str, Any]) -> str:
+    """What the config.json of a run has otherwise; nothing: ""."""
     theirs = config["settings"] | config  # a fingerprint says more than the flag of its name
     return "; ".join(
         f"{key} {theirs.get(key)!r} there, {value!r} here"
@@ -559,7 +557,7 @@ def open_run(s: Settings, identity: dict[str, str]) -> None:
     if (out / "config.json").is_file():
         free = "save_steps", "output_dir", "micro_batch_tokens"  # the result is the same, but for rounding
         ours = {key: value for key, value in (settings | identity).items() if key not in free}
-        if other := differences(out, ours):
+        if other := differences(evaluate.read_config(out), ours):
             raise ValueError(
                 f"{out} holds a run of another configuration ({other}): "
                 "choose another --output_dir, or delete it"
