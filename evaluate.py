@@ -186,12 +186,14 @@ def _sampling(seeds: list[int], temperature: float, top_p: float) -> LogitsProce
 
 
 def as_row(prompt: Prompt, chosen: str, rejected: str, tokenizer: Any) -> Row:
-    """A row for data.tokenize_preferences; messages become HH's transcript without a chat template."""
+    """A row for data.tokenize_preferences; messages become HH's transcript without a chat template. In a
+    transcript a space stands before each turn, which outputs, being stripped, have lost."""
     answers, source = [chosen, rejected], repr(text_of(prompt)[:40])
     if isinstance(prompt, list) and tokenizer.chat_template:
         answers = [{"role": "assistant", "content": answer} for answer in answers]
-    elif isinstance(prompt, list):
-        prompt, answers = text_of(prompt, transcript=True), [f" {answer}" for answer in answers]
+    elif isinstance(prompt, list) or prompt.endswith(HH_MARK):
+        prompt = prompt if isinstance(prompt, str) else text_of(prompt, transcript=True)
+        answers = [answer if answer[:1].isspace() else f" {answer}" for answer in answers]
     return {"prompt": prompt, "chosen": answers[0], "rejected": answers[1], "source": source}
 
 

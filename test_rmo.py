@@ -2118,6 +2118,19 @@ def test_figures(runs, tmp_path, name, ending):
     assert path.read_bytes()[:4] in (b"\x89PNG", b"<?xm")
 
 
+def test_outputs_after_a_transcript_are_judged_as_training_has_them(tokenizer, tmp_path):
+    talk = "\n\nHuman: Hi\n\nAssistant:"
+    (trained,), _ = pairs_of(
+        [{"chosen": f"{talk} You need tea.", "rejected": f"{talk} No."}], tokenizer, tmp_path
+    )
+    for texts in (
+        ("You need tea.", "No."),
+        (" You need tea.", " No."),
+    ):  # outputs are stripped, labels are not
+        (judged,), _ = data.tokenize_preferences([evaluate.as_row(talk, *texts, tokenizer)], tokenizer)
+        assert judged[:3] == trained[:3]
+
+
 def test_local_judges(runs, tmp_path, chatty):
     """The true reward and the implicit reward decide by their definitions; a reward model by its score."""
     items = [("bread", "You need flour.", "You need quick pawns."), ("bread", "Enjoy it.", "Enjoy it.")]
