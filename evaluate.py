@@ -33,7 +33,7 @@ from contextlib import suppress
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean, stdev
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -57,6 +57,8 @@ from loss import LENGTH_NORMALISED, REFERENCE_FREE
 Prompt = str | list[dict[str, str]]
 Item = tuple[Prompt, str, str]  # what a judge compares: prompt, baseline's output, model's output
 Row = dict[str, Any]
+FREE = {"seed", "output_dir", "proxy", "micro_batch_tokens", "save_steps"}  # runs of a group may differ in
+METHOD = {"filter_ratio", "tau", "gamma", "batching", "batch_margins", "lambda_reg", "alpha", "median"}  # RMO
 SAMPLES = 16  # responses to each held-out prompt of the built-in task
 
 # -------------------------------------------------------------------------------------------------- win rates
@@ -318,7 +320,7 @@ def ask_endpoint(
             stop.set()
             pool.shutdown(cancel_futures=True)  # what is under way is paid for: it ends, and is stored
             kept = f"{len(read_lines(store))} answers are kept in {store}, the same command goes on"
-            raise ValueError(f"{error or 'stopped'}; {kept}") from None
+            raise ValueError(f"{str(error) or 'stopped'}; {kept}") from None
     tokens = sum((answers[key].get("usage") or {}).get("total_tokens") or 0 for key in missing)
     print(f"{model}: {len(missing)} requests, {tokens:,} tokens; {len(bodies) - len(missing)} stored answers")
     choices = [answers[key]["choices"][0] for key in keys]
@@ -351,6 +353,8 @@ def post(url: str, body: Row, stop: threading.Event) -> Row:
                 raise ValueError(f"{url}: {said}; check OPENAI_API_KEY, the URL and --judge_model") from None
         except (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
             said = f"{type(error).__name__} {error}".replace(key or "\0", "***")
+        if attempt == 6:
+            break
         tqdm.write(f"{said[:120]}; trying again in {2**attempt} s", file=sys.stderr)
         if stop.wait(2**attempt):
             break
@@ -522,8 +526,9 @@ def open_run(name: str | Path, or_model: bool = False) -> tuple[Row, Any, dict[s
     vanilla, policy = f"vanilla {s['objective'].upper()}", folder / "policy"
     models = {"SFT": stage_folder(folder, "sft")} if s["sft_epochs"] else {"base": s["model"]}
     plain = is_plain(s)
-    if not plain and ((folder / "proxy").is_dir() or s["proxy"]):
-        models[vanilla] = stage_folder(folder, "proxy")
+    if not plain:
+        with suppress(ValueError):  # some need no proxy
+            models[vanilla] = stage_folder(folder, "proxy")
     return s, lm.load_tokenizer(policy), models | {vanilla if plain else "RMO": policy}
 
 
@@ -550,13 +555,15 @@ def scored(models: Row, pairs: list[Pair], s: Row, device: Any) -> Iterator[tupl
         scores = lm.score_pairs(model, batches, [pair.source for pair in pairs], f"{name} {label}").double()
         chosen, rejected = (scores / lengths if s["objective"] in LENGTH_NORMALISED else scores).unbind(1)
         margins = chosen - rejected
+        shares = {"accuracy": margins > 0, "small": margins.abs() <= 0.1 * margins.std(unbiased=False)}
+        shares |= {} if start is None else {"reward accuracy": margins > start}
         start = margins if start is None else start
-        shares = {"accuracy": margins > 0} | (
-            {} if margins is start else {"reward accuracy": margins > start}
-        )
-        shares |= {"negative": margins < 0, "small": margins.abs() <= 0.1 * margins.std(unbiased=False)}
         row = {f"{key} %": 100 * share.double().mean() for key, share in shares.items()}
-        row |= {"mean": margins.mean(), "median": margins.median(), "variance": margins.var(unbiased=False)}
+        row |= {
+            "mean": margins.mean(),
+            "median": margins.quantile(0.5),
+            "variance": margins.var(unbiased=False),
+        }
         yield label, model, margins, {key: value.item() for key, value in row.items()}
 
 
@@ -629,25 +636,21 @@ def filter_row(folder: Path) -> Row:
     than rejected, on average, and how that goes with the base margin; on the built-in task, how many pairs
     are mislabelled, their rejected response having the higher true reward."""
     (s, tokenizer, _), scores = open_run(folder), load_file(folder / "margins.safetensors")
-    longer = (scores["chosen_tokens"] - scores["rejected_tokens"]).double()  # [N]
     base, removed = scores["base_chosen"] - scores["base_rejected"], lm.read_json(folder / "filter.json", {})
     by = torch.zeros(len(base), dtype=torch.long)
     for step in (1, 2):
         by[removed.get(f"removed_step{step}", [])] = step
-    both = torch.stack([longer, base.double()])
+    columns = {"longer by": (scores["chosen_tokens"] - scores["rejected_tokens"]).double()}  # [N] each
+    both = torch.stack([columns["longer by"], base.double()])
     row = {"correlation of length and base margin": torch.corrcoef(both)[0, 1].nan_to_num()}
-    wrong = None
     if s["data"] == BUILTIN:
         splits, rows, _ = data.load_splits(s, tokenizer)
         if data.fingerprint(splits["train"]) == read_config(folder).get("data"):  # of this version's making
-            wrong = torch.tensor(
-                [rows[pair.row]["truth"]["margin"] < 0.0 for pair in splits["train"]]
-            ).double()
+            wrong = [rows[pair.row]["truth"]["margin"] < 0 for pair in splits["train"]]
+            columns["mislabelled %"] = 100 * torch.tensor(wrong).double()
     for name, mask in (("all", by >= 0), ("step 1", by == 1), ("step 2", by == 2), ("kept", by == 0)):
         row |= {} if name == "all" else {f"{name} %": 100 * mask.double().mean()}
-        if mask.any():
-            row |= {f"{name}: longer by": longer[mask].mean()}
-            row |= {} if wrong is None else {f"{name}: mislabelled %": 100 * wrong[mask].mean()}
+        row |= {f"{name}: {key}": values[mask].mean() for key, values in columns.items() if mask.any()}
     return {key: value.item() for key, value in row.items()}
 
 
@@ -655,8 +658,7 @@ def grouped(folders: list[Path]) -> list[Row]:
     """Runs that differ by seed at most, together: {name, settings, differing: those that other runs have
     otherwise, folders}."""
     settings, groups = {folder: open_run(folder)[0] for folder in folders}, {}
-    free = {"seed", "output_dir", "proxy", "micro_batch_tokens", "save_steps"}
-    keys = dict.fromkeys(key for s in settings.values() for key in s if key not in free)
+    keys = dict.fromkeys(key for s in settings.values() for key in s if key not in FREE)
     keys = [key for key in keys if len({json.dumps(s.get(key)) for s in settings.values()}) > 1]
     for folder, s in settings.items():
         differing = {key: "default" if s.get(key) is None else s[key] for key in keys}
@@ -681,11 +683,9 @@ def over_seeds(rows: list[Row]) -> Row:
 
 def add_results(groups: list[Row], device: Any) -> None:
     """To each group {results: of its policies on held-out pairs, over seeds}, and its gains in win rate,
-    paired by seed, over the first plain run given of the same model, data, objective and beta, with half the
-    width of their 95 % interval."""
-    found: dict[Path, Row] = {}
-    plain: dict[Any, Path] = {}
-    alike: dict[Path, Any] = {}
+    paired by seed, over the first plain run given that differs in METHOD at most, with half the width of
+    their 95 % interval."""
+    found, plain, alike = {}, {}, {}  # by folder: results; by what must be alike: plain run; by folder: that
     for folder in [folder for group in groups for folder in group["folders"]]:
         if "report" not in remembered(folder):
             report_run(folder, device)
@@ -693,8 +693,7 @@ def add_results(groups: list[Row], device: Any) -> None:
         found[folder] = dict([{}, *known.get("report", {}).values()][-1])
         for judge, row in known.get("judged", {}).items():
             found[folder] |= {f"{k[:2]} ({judge}){k[2:]}": row[k] for k in row if k[:3] in ("WR ", "LC ")}
-        keys = "model", "data", "eval_data", "limit", "objective", "beta", "seed"
-        alike[folder] = tuple(s.get(key) for key in keys)
+        alike[folder] = str([(key, s[key]) for key in sorted(s) if key == "seed" or key not in FREE | METHOD])
         if is_plain(s):
             plain.setdefault(alike[folder], folder)
     for group in groups:
@@ -710,12 +709,9 @@ def add_results(groups: list[Row], device: Any) -> None:
 
 
 def t975(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t: tabulated, from ten degrees of freedom on by its expansion at the
-    normal's (Abramowitz and Stegun, 26.7.5)."""
+    """The 97.5 % quantile of Student's t; from 10 on by its series (Abramowitz and Stegun, 26.7.5)."""
     table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-    z = NormalDist().inv_cdf(0.975)
-    series = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    series += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    series = 1.95996 + 2.37227 / freedom + 2.8225 / freedom**2 + 2.5559 / freedom**3
     return table[freedom - 1] if freedom < 10 else series
 
 
@@ -739,8 +735,8 @@ def markdown(rows: list[Row]) -> str:
 def remembered(folder: Path, **new: Any) -> Row:
     """evaluation.json of a run, if it is of this training, which the wall times in metrics.jsonl tell; with
     what is new, which is written there."""
-    texts = [(folder / name).read_bytes() for name in ("config.json", "metrics.jsonl")]
-    run, path = hashlib.sha256(b"".join(texts)).hexdigest()[:16], folder / "evaluation.json"
+    run = hashlib.sha256((folder / "metrics.jsonl").read_bytes()).hexdigest()[:16]
+    path = folder / "evaluation.json"
     found = lm.read_json(path, {})
     found = (found if found.get("run") == run else {"run": run}) | new
     if new:
@@ -756,7 +752,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_lines(path: Path) -> list[Any]:
     """The values of a .jsonl file, less lines that a crash cut short."""
     found = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
         with suppress(ValueError):
             found.append(json.loads(line))
     return found
@@ -811,7 +807,7 @@ def densities(axis: Any, values: dict[str, Any], x_label: str, **look: Any) -> N
     low, high = min(ends), max(ends)
     grid = torch.linspace(1.2 * low - 0.2 * high, 1.2 * high - 0.2 * low, 600, dtype=torch.float64)
     for label, v in values.items():
-        width = max(1.06 * v.std().item() * len(v) ** -0.2, (high - low) / 1000, 1e-9)
+        width = max(1.06 * v.std(unbiased=False).item() * len(v) ** -0.2, (high - low) / 1000, 1e-9)
         kernels = torch.distributions.Normal(v, width).log_prob(grid[:, None]).exp()
         axis.plot(grid, kernels.mean(1), label=label, **look)
     axis.set(xlabel=x_label, ylabel="density (1 / nat)", ylim=(0, None))
@@ -819,13 +815,12 @@ def densities(axis: Any, values: dict[str, Any], x_label: str, **look: Any) -> N
 
 def results_over(axis: Any, xs: list[float], groups: list[Row], pattern: str, x_label: str) -> None:
     """Each result in percent that all groups have and whose name fits, over xs, with standard errors."""
-    for key in groups[0]["results"]:
-        if re.search(pattern + ".*%$", key) and all(key in group["results"] for group in groups):
-            name = key.removesuffix(" %")
-            points = [
-                (x, g["results"][key], g["results"].get(f"{name} error", 0)) for x, g in zip(xs, groups)
-            ]
-            axis.errorbar(*zip(*sorted(points)), label=name, marker="o", capsize=3)
+    results = [group["results"] for _, group in sorted(zip(xs, groups), key=lambda point: point[0])]
+    for key in results[0]:
+        if re.search(pattern + ".*%$", key) and all(key in row for row in results):
+            name, ys = key.removesuffix(" %"), [row[key] for row in results]
+            errors = [row.get(f"{name} error", 0) for row in results]
+            axis.errorbar(sorted(xs), ys, errors, label=name, marker="o", capsize=3)
     axis.set(xlabel=x_label, ylabel="percent")
 
 
@@ -836,7 +831,7 @@ def figure1(axes: Any, groups: list[Row], folder: Path) -> None:
         window = max(1, len(loss) // 20)
         axes[0].plot(range(1, len(loss) + 1), loss, color=f"C{k}", linestyle="-", linewidth=0.5, alpha=0.35)
         axes[0].plot(range(window, len(loss) + 1), loss.unfold(0, window, 1).mean(1), label=group["name"])
-    axes[0].set(xlabel=f"optimizer step (bold: mean of the last {window})", ylabel="loss (nats per pair)")
+    axes[0].set(xlabel="optimizer step (bold: mean of a twentieth of them)", ylabel="loss (nats per pair)")
 
 
 def figure3(axes: Any, groups: list[Row], folder: Path) -> None:
@@ -848,8 +843,7 @@ def figure3(axes: Any, groups: list[Row], folder: Path) -> None:
 
 
 def figure4(axes: Any, groups: list[Row], folder: Path) -> None:
-    used = [lm.read_json(g["folders"][0] / "constants.json", {"lambda": None})["lambda"] for g in groups]
-    xs = [group["settings"]["lambda_reg"] if x is None else x for group, x in zip(groups, used)]
+    xs = [lm.read_json(g["folders"][0] / "constants.json", {"lambda": 0.0})["lambda"] for g in groups]
     margins: dict[str, list[float]] = {}
     for x, group in sorted(zip(xs, groups), key=lambda point: point[0]):
         found = [[[], *remembered(f).get("margins", {}).values()][-1] for f in group["folders"]]

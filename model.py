@@ -153,10 +153,10 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 def damage(folder: Path) -> str:
     """What is wrong with a folder that save_model wrote; nothing: ""."""
     try:
-        wrong = [
-            name for name, sum in read_json(folder / CHECKSUMS).items() if checksum(folder / name) != sum
-        ]
-    except (OSError, ValueError, AttributeError) as error:
+        if not (sums := read_json(folder / CHECKSUMS)):
+            raise ValueError(f"nothing in {CHECKSUMS}")
+        wrong = [name for name in sums if checksum(folder / name) != sums[name]]
+    except (OSError, ValueError, TypeError) as error:
         return f"it is not whole ({error})"
     return f"{wrong[0]} is not as it was written" if wrong else ""
 

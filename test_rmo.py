@@ -25,6 +25,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -648,6 +649,8 @@ def test_checksums_see_every_file_of_a_model_folder(tmp_path):
     flip_a_byte(next((tmp_path / "model").rglob("other*")))
     with pytest.raises(ValueError, match="other.* is not as it was written"):
         lm.load_model(tmp_path / "model")
+    (tmp_path / "model" / lm.CHECKSUMS).write_text("{}")
+    assert "not whole" in lm.damage(tmp_path / "model")
 
 
 def test_fingerprints_tell_models_and_data_apart():
@@ -1219,6 +1222,9 @@ def test_run_folder_holds_what_is_promised(whole_run):
         config["settings"].keys() == train.Settings.__dataclass_fields__.keys()
         and "torch" in config["versions"]
     )
+    splits, _, _ = data.load_splits(config["settings"], lm.load_tokenizer(whole_run / "policy"))
+    assert config["data"] == data.fingerprint(splits["train"])
+    assert splits["sft"] and config["sft_data"] == data.fingerprint(splits["sft"])
 
 
 @pytest.mark.parametrize("stage", ["sft", "proxy", "policy"])
@@ -1352,6 +1358,12 @@ def test_interrupted_and_run_again_ends_the_same(stage, number, whole_run, tmp_p
     for name in ("margins.safetensors", "filter.json"):
         assert (out / name).read_bytes() == (whole_run / name).read_bytes()
     assert not (out / "checkpoint").exists()
+
+
+def test_a_signal_that_comes_after_the_last_look_is_not_lost():
+    with pytest.raises(KeyboardInterrupt), train.stop_signals() as seen:
+        signal.raise_signal(signal.SIGINT)
+        assert seen == [signal.SIGINT]
 
 
 @slow
@@ -1490,6 +1502,7 @@ def test_one_small_step_moves_float32_weights():
         ("--tau 3 --filter_ratio 0.1", "--tau and --filter_ratio"),
         ("--filter_ratio 0 --gamma 1", "--gamma is for a filter"),
         ("--lambda_reg 0 --alpha 1", "--lambda_reg 0 switches it off"),
+        ("--eval_share 0.1", "--eval_share and --eval_data, or the built-in data"),
         ("--lr nan", "--lr nan is out of range"),
         ("--batch_size 5000", "fill no batch of 5000"),
         ("--data missing.jsonl", "missing.jsonl: no such file"),
@@ -1517,6 +1530,7 @@ def test_what_does_not_belong_together_is_refused(whole_run, tmp_path):
         ({"proxy": str(whole_run), "seed": 5}, "of another data"),
         ({"proxy": str(whole_run), "objective": "slic"}, "of another objective"),
         ({"proxy": str(whole_run), "sft_lr": 1e-5}, "sft_lr"),
+        ({"proxy": str(whole_run), "max_grad_norm": 9.0}, "of another max_grad_norm 1.0 there, 9.0 here"),
         ({"proxy": str(whole_run), "beta": 0.5}, "of another beta 1.0 there, 0.5 here"),
         ({"proxy": str(whole_run), "filter_ratio": 0.01}, "step 1 .* alone removes.*--proxy"),
     ]:
@@ -2038,12 +2052,20 @@ def test_report_of_a_run(runs, capsys):
         scores = lm.score_pairs(model, data.scoring_batches(pairs, 512, False), [p.source for p in pairs])
         margins[label] = scores[:, 0] - scores[:, 1]
         assert report[label]["mean"] == pytest.approx(margins[label].mean().item(), abs=1e-3)
+        assert report[label]["median"] == pytest.approx(median(margins[label].tolist()), abs=1e-3)
         assert report[label]["accuracy %"] == pytest.approx(100 * (margins[label] > 0).float().mean().item())
     relative = 100 * (margins["RMO"] > margins["base"]).float().mean().item()
     assert report["RMO"]["reward accuracy %"] == pytest.approx(relative)
     assert "reward accuracy %" not in report["base"] and 0 <= report["RMO"]["win rate %"] <= 100
     assert "| RMO |" in capsys.readouterr().out
     assert list(evaluate.report_run(runs[3], "cpu")) == ["base", "vanilla DPO"]
+
+
+def test_a_run_that_needed_no_proxy_is_evaluated_without(tmp_path):
+    folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", proxy=str(tmp_path / "a"))]
+    for folder in folders:
+        shutil.rmtree(folder / "proxy")
+    assert [list(evaluate.open_run(folder)[2]) for folder in folders] == [["base", "RMO"]] * 2
 
 
 def test_table_over_runs(runs, tmp_path, capsys):
@@ -2059,6 +2081,9 @@ def test_table_over_runs(runs, tmp_path, capsys):
     assert rows[0]["mean"] == pytest.approx(sum(values) / 2)
     assert rows[0]["mean error"] == pytest.approx(abs(values[0] - values[1]) / 2)
     before = evaluate.remembered(runs[0])["run"]
+    config = json.loads((runs[0] / "config.json").read_text()) | {"versions": {"torch": "another"}}
+    (runs[0] / "config.json").write_text(json.dumps(config))  # as going on with another one writes it
+    assert evaluate.remembered(runs[0])["run"] == before
     with (runs[0] / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 31, "loss": 1.0}) + "\n")
     assert "report" not in evaluate.remembered(runs[0]) and evaluate.remembered(runs[0])["run"] != before
@@ -2075,10 +2100,11 @@ def test_gains_are_paired_by_seed_with_students_interval(tmp_path, capsys):
     vanilla, rmo = json.loads((tmp_path / "t.json").read_text())["runs"]
     assert list(vanilla)[-1] == "win rate error" and rmo["win rate - vanilla (95 %)"] == pytest.approx(3)
     assert rmo["win rate - vanilla (95 %) error"] == pytest.approx(4.303 * (7 / 3) ** 0.5)
-    other = make_run(tmp_path / "beta", 0, batching="random", beta=0.5)
-    evaluate.remembered(other, report={"vanilla": {"win rate %": 1.0}})
-    call(other, *folders, "--json", tmp_path / "t.json")  # of another beta, so no run to subtract
-    assert json.loads((tmp_path / "t.json").read_text())["runs"][2]["win rate - vanilla (95 %)"] == 3
+    for flags in ({"beta": 0.5}, {"max_length": 64}):  # so no run to subtract
+        other = make_run(tmp_path / str(*flags), 0, batching="random", **flags)
+        evaluate.remembered(other, report={"vanilla": {"win rate %": 1.0}})
+        call(other, *folders, "--json", tmp_path / "t.json")
+        assert json.loads((tmp_path / "t.json").read_text())["runs"][2]["win rate - vanilla (95 %)"] == 3
     twin = shutil.copytree(folders[0], tmp_path / "twin")
     assert "same settings and seed" in call(folders[0], twin)
     assert "(95 %)" in capsys.readouterr().out

@@ -19,8 +19,6 @@ has it. 5) N = n m in the paper; here a random remainder sits out each epoch.
 """
 
 import argparse
-import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -35,7 +33,9 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -132,6 +132,7 @@ class Settings:
             "lr": 2e-4 if builtin else 5e-5 if self.lora_rank else 1e-6,
             "micro_batch_tokens": 16384 if torch.cuda.is_available() else 2048 if builtin else 384,
         }
+        held_out = self.eval_share and (self.eval_data or self.data == BUILTIN)
         constants = (self.alpha is not None or self.median is not None) and self.lambda_reg == 0
         target = self.simpo_gamma is not None and self.objective != "simpo"
         batches = self.batching, self.batch_margins
@@ -139,7 +140,7 @@ class Settings:
             "--tau and --filter_ratio both set the filter": None not in (self.tau, self.filter_ratio),
             "--gamma is for a filter, --filter_ratio 0 is none": self.gamma and self.filter_ratio == 0,
             "--alpha and --median are for Eq. 14, --lambda_reg 0 switches it off": constants,
-            "--eval_data and --eval_share both give held-out pairs": self.eval_data and self.eval_share,
+            "--eval_share and --eval_data, or the built-in data, both give held-out pairs": held_out,
             "--label_smoothing is for --objective dpo": self.label_smoothing and self.objective != "dpo",
             "--simpo_gamma is for --objective simpo": target,
             "--batching random uses no --batch_margins": batches == ("random", "policy"),
@@ -177,37 +178,42 @@ class Settings:
 
 def rmo(s: Settings, device: torch.device) -> None:
     """Algorithm 2. Every stage leaves its result in the run folder, and is skipped where that is there."""
-    out, clock = Path(s.output_dir), Counter()
-    with timed(clock, "preparation"):
-        run = prepare(s, device)
+    out, clock, since = Path(s.output_dir), Counter(), time.perf_counter()
+
+    def lap(part: str) -> None:
+        """Count the time since the last call as that of this part."""
+        nonlocal since
+        now = time.perf_counter()
+        clock[part] += now - since
+        since = now
+
+    run = prepare(s, device)
+    lap("preparation")
     pairs, sft_pairs = run.pairs, run.sft_pairs
     lengths = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])  # [N, 2]
 
     def score(side: str, model: nn.Module) -> dict[str, Tensor]:
         """s(y+) and s(y-) of every pair, sums or means over tokens as the objective has it."""
-        with timed(clock, "scoring"):
-            batches = data.scoring_batches(pairs, s.micro_batch_tokens, run.shared, *lm.rank_and_world())
-            sums = lm.score_pairs(model, batches, [pair.source for pair in pairs], f"{side} scores")
+        batches = data.scoring_batches(pairs, s.micro_batch_tokens, run.shared, *lm.rank_and_world())
+        sums = lm.score_pairs(model, batches, [pair.source for pair in pairs], f"{side} scores")
+        lap("scoring")
         chosen, rejected = (sums / lengths if s.per_token else sums).unbind(1)
         return {f"{side}_chosen": chosen, f"{side}_rejected": rejected}
 
-    def damaged(stage: str) -> str:
-        return lm.damage(out / stage) if (out / stage).exists() else ""
-
     def trained(stage: str, start: str | Path, *what: Any, log: Path | None = None) -> Path:
         """The folder of this stage's model, trained from the model `start` unless it is there, and whole."""
-        missing, wrong = not (out / stage).exists(), damaged(stage)
-        if wrong:
+        wrong = lm.damage(out / stage)
+        if wrong and (out / stage).exists():
             say(f"{out / stage} is damaged ({wrong}): not used, made again")
         barrier()  # every rank has looked before one writes
-        if missing or wrong:
-            with timed(clock, f"{stage} training"):
-                model = lm.load_model(start, s.seed).to(device)
-                if s.lora_rank and stage != "sft":
-                    lm.add_lora(model, s.lora_rank, s.seed)
-                fit(stage, model, s, run.shared, log, *what)
-                lm.merge_lora(model)
-                on_rank_0(lambda: lm.save_model(model, run.tokenizer, out / stage))
+        if wrong:
+            model = lm.load_model(start, s.seed).to(device)
+            if s.lora_rank and stage != "sft":
+                lm.add_lora(model, s.lora_rank, s.seed)
+            fit(stage, model, s, run.shared, log, *what)
+            lm.merge_lora(model)
+            on_rank_0(lambda: lm.save_model(model, run.tokenizer, out / stage))
+            lap(f"{stage} training")
         return out / stage
 
     def random_plan(purpose: str, count: int) -> Plan:
@@ -230,8 +236,9 @@ def rmo(s: Settings, device: torch.device) -> None:
         scores |= dict(zip(("chosen_tokens", "rejected_tokens"), lengths.T))
     on_rank_0(lambda: save_tensors(out / "margins.safetensors", scores, run.identity))
     reference = torch.stack([scores["base_chosen"], scores["base_rejected"]], 1).to(device)  # [N, 2]
-    loss_of = functools.partial(pair_loss, s, reference, lengths.to(device) if s.per_token else None)
-    if s.needs_proxy and ("proxy_chosen" not in scores or damaged("proxy")):
+    loss_of = partial(pair_loss, s, reference, lengths.to(device) if s.per_token else None)
+    damaged = (out / "proxy").exists() and lm.damage(out / "proxy")
+    if s.needs_proxy and (damaged or "proxy_chosen" not in scores):
         what = pairs, len(pairs), s.epochs, s.lr, random_plan("batches", len(pairs)), loss_of
         proxy = run.donor / "policy" if run.donor else trained("proxy", base, *what)
         scores |= score("proxy", lm.load_model(proxy, s.seed).to(device))
@@ -264,30 +271,28 @@ def rmo(s: Settings, device: torch.device) -> None:
 
     # Lines 9 and 10: Batch Margin Diversification, anew for each epoch
     def plan(epoch: int, model: nn.Module) -> Tensor:
+        lap("policy training")
         margins = proxy_margins[kept]
         if s.batch_margins == "policy":
             scored = score("policy", model)
             margins = (scored["policy_chosen"] - scored["policy_rejected"])[kept]
-        with timed(clock, "filter and batches"):
-            draw = generator(s.seed, "batches", epoch)
-            batches = PARTITIONS[s.batching](margins, s.batch_size, draw)
+        batches = PARTITIONS[s.batching](margins, s.batch_size, generator(s.seed, "batches", epoch))
         report_batches(epoch, margins, batches)
+        lap("filter and batches")
         return kept[batches]
 
     # Lines 11 to 17: training with Pairwise Margin Amplification
     if s.lambda_reg != 0:
         median = proxy_margins.double().quantile(0.5).item() if s.median is None else s.median
         alpha = sd if s.alpha is None else s.alpha
-        slope = 1 / s.beta if s.objective == "ipo" else s.beta / 2  # of the objective, at the start
+        slope = 1 / s.beta if s.objective == "ipo" else s.beta / 2  # of DPO's loss, or IPO's, at the start
         weight = 0.32 * alpha * slope if s.lambda_reg is None else s.lambda_reg
         say(f"amplification: lambda {weight:.4g}, median {median:.4g}, alpha {alpha:.4g}")
         constants |= {"lambda": weight, "median": median, "alpha": alpha}
-        amplify = functools.partial(
-            objectives.margin_amplification, median=median, alpha=alpha, weight=weight
-        )
-        loss_of = functools.partial(loss_of, amplify=amplify)
-    if s.needs_proxy:
-        on_rank_0(lambda: evaluate.write_json(out / "constants.json", constants))
+        amplify = partial(objectives.margin_amplification, median=median, alpha=alpha, weight=weight)
+        loss_of = partial(loss_of, amplify=amplify)
+    on_rank_0(lambda: evaluate.write_json(out / "constants.json", constants))
+    lap("filter and batches")
     log = out / "metrics.jsonl"
     trained("policy", base, pairs, len(kept), s.epochs, s.lr, plan, loss_of, log=log)
     on_rank_0(lambda: shutil.rmtree(out / "checkpoint", ignore_errors=True))
@@ -366,11 +371,22 @@ def fit(
         lm.accumulate_in_place(model)
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.0, fused=True)
-    lines = read_log(log) if log else None
-    step, running, batches = load_state(out, stage, weights, optimizer, lines)
+    state, path = training_state(weights, optimizer), out / "checkpoint" / "state.safetensors"
+    step, running, batches, lines = 0, 0.0, None, read_log(log) if log else []
+    saved, about = load_tensors(path)
+    if about.get("stage") == stage:  # else there is none, or one of a stage that is finished
+        if log and len(lines) < about["step"]:
+            say(f"{log} is damaged behind step {len(lines)}: {stage} starts again from step 0")
+        else:
+            step, running, batches = about["step"], about["running"], saved["batches"]
+            for name, tensor in state.items():
+                tensor.data.copy_(saved[name])
+            say(f"{stage}: going on from step {step}")
+    del saved  # as large as the weights and their moments
     barrier()  # every rank has read the log before one cuts it
     if log:  # steps that the checkpoint does not know will be done again
-        on_rank_0(lambda: lm.write_atomically(log, lambda path: path.write_text("".join(lines[:step]))))
+        text = "".join(json.dumps(line) + "\n" for line in lines[:step])
+        on_rank_0(lambda: lm.write_atomically(log, lambda path: path.write_text(text)))
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     batch_level = stage != "sft" and s.objective in objectives.BATCH_LEVEL
     steps_per_epoch = count // s.batch_size
@@ -378,7 +394,15 @@ def fit(
     warmup = max(1, round(s.warmup * total))
 
     def save() -> None:
-        on_rank_0(lambda: save_state(out, stage, step, running, batches, weights, optimizer))
+        about = {"stage": stage, "step": step, "running": running}
+
+        def write() -> None:
+            if log:  # the lines of these steps reach the disk first
+                with log.open("a") as file:
+                    os.fsync(file.fileno())
+            save_tensors(path, state | {"batches": batches}, about)
+
+        on_rank_0(write)
 
     bar = tqdm(total=total, initial=step, desc=stage, unit="step", disable=rank > 0)
     with stop_signals() as stop_wanted, bar:
@@ -429,7 +453,7 @@ def fit(
                     f"this batch: {', '.join(pairs[i].source for i in rows)}"
                 )
             # up to lr over the warm-up, then down to 0, linearly
-            rate = lr * min((step + 1) / warmup, (total - step) / max(1, total - warmup + 1))
+            rate = lr * min((step + 1) / warmup, (total - step) / (total - warmup + 1))
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
@@ -444,10 +468,8 @@ def fit(
             if log and rank == 0:
                 with log.open("a") as file:
                     file.write(json.dumps(line) + "\n")
-            shown = {
-                name: f"{line[name]:.3g}" for name in ("loss", "margin_mean", "accuracy") if name in line
-            }
-            bar.set_postfix(shown | {"pairs/s": f"{len(rows) / line['seconds']:.3g}"}, refresh=False)
+            shown = [key for key in ("loss", "margin_mean", "accuracy") if key in values]
+            bar.set_postfix({key: f"{values[key]:.3g}" for key in shown}, refresh=False)
             bar.update()
             if stop or (step % s.save_steps == 0 and step < total):
                 save()
@@ -478,7 +500,7 @@ def prepare(s: Settings, device: torch.device) -> Run:
         tokenizer = lm.builtin_tokenizer(data.builtin_texts())
     else:
         tokenizer = lm.load_tokenizer(s.model, s.chat_template)
-    splits, _, counts = data.load_splits(dataclasses.asdict(s), tokenizer)
+    splits, _, counts = data.load_splits(asdict(s), tokenizer)
     pairs, sft_pairs = splits["train"], [pair._replace(rejected=[]) for pair in splits["sft"]]
     if s.batch_size > min(len(pairs), len(sft_pairs) if s.sft_epochs else len(pairs)):
         raise ValueError(
@@ -486,7 +508,8 @@ def prepare(s: Settings, device: torch.device) -> Run:
             "give more data or a smaller --batch_size"
         )
     model = lm.load_model(s.model, s.seed).to(device)
-    identity = {"data": data.fingerprint(pairs), "model": lm.fingerprint(model), "objective": s.objective}
+    identity = {"data": data.fingerprint(pairs), "sft_data": data.fingerprint(splits["sft"])}
+    identity |= {"model": lm.fingerprint(model), "objective": s.objective}
     donor = open_donor(s, identity)
     longest, positions = max(pairs + splits["sft"], key=lambda pair: pair.length), lm.positions(model)
     if longest.length > positions:
@@ -497,7 +520,7 @@ def prepare(s: Settings, device: torch.device) -> Run:
     shared = lm.shares_prompt(model, *data.both_ways([longest]))
     open_run(s, identity)
 
-    given = {key: value for key, value in dataclasses.asdict(s).items() if value is not None}
+    given = {key: value for key, value in asdict(s).items() if value is not None}
     say("settings: " + " ".join(f"{key}={value}" for key, value in given.items()))
     kind = "float32, bf16 autocast" if device.type == "cuda" else "float32"
     count = model.num_parameters()
@@ -517,24 +540,25 @@ def prepare(s: Settings, device: torch.device) -> Run:
 
 def open_donor(s: Settings, identity: dict[str, str]) -> Path | None:
     """The folder of --proxy. Raises ValueError unless it has the same base model and data, and a proxy that
-    was trained as this run would train it."""
+    was trained as this run would train it, but for the seed."""
     if not s.proxy:
         return None
     donor = Path(s.proxy)
     if not (donor / "config.json").is_file():
         raise ValueError(f"--proxy {donor}: no run of train.py (no config.json)")
-    keys = ["sft_epochs"] + ["sft_lr"] * bool(s.sft_epochs)
+    keys = ["sft_epochs"]
+    if s.sft_epochs or s.needs_proxy:
+        keys += "batch_size warmup max_grad_norm".split()
+    keys += ["sft_lr"] * bool(s.sft_epochs)
     if s.needs_proxy:
-        keys += "beta label_smoothing simpo_gamma epochs batch_size lr lora_rank warmup".split()
+        keys += "beta label_smoothing simpo_gamma epochs lr lora_rank".split()
     theirs = evaluate.read_config(donor)
     if other := differences(theirs, identity | {key: getattr(s, key) for key in keys}):
         raise ValueError(f"--proxy {donor}: of another {other}")
-    scores = load_scores(donor, identity)
-    finished_plain = evaluate.is_plain(theirs["settings"]) and (donor / "policy").is_dir()
-    if not scores or (s.needs_proxy and "proxy_chosen" not in scores and not finished_plain):
-        raise ValueError(
-            f"--proxy {donor}: has no proxy margins and is no finished plain run, itself a proxy"
-        )
+    scores, is_proxy = load_scores(donor, identity), evaluate.is_plain(theirs["settings"])
+    is_proxy &= (donor / "policy").is_dir()
+    if not scores or (s.needs_proxy and "proxy_chosen" not in scores and not is_proxy):
+        raise ValueError(f"--proxy {donor}: no proxy margins, and no finished plain run, itself a proxy")
     return donor
 
 
@@ -550,7 +574,7 @@ def differences(config: dict[str, Any], ours: dict[str, Any]) -> str:
 
 def open_run(s: Settings, identity: dict[str, str]) -> None:
     """Make the run folder with its config.json, or check that it holds a run of the same settings."""
-    out, settings = Path(s.output_dir), dataclasses.asdict(s)
+    out, settings = Path(s.output_dir), asdict(s)
     modules = {"torch": torch, "transformers": transformers}
     versions = {"python": platform.python_version()} | {key: m.__version__ for key, m in modules.items()}
     config = {"settings": settings, "versions": versions} | identity
@@ -565,8 +589,7 @@ def open_run(s: Settings, identity: dict[str, str]) -> None:
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} exists and is no run folder: choose another --output_dir")
     barrier()  # every rank has looked before one writes
-    text = json.dumps(config, indent=1)
-    on_rank_0(lambda: lm.write_atomically(out / "config.json", lambda path: path.write_text(text)))
+    on_rank_0(lambda: evaluate.write_json(out / "config.json", config))
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
@@ -606,61 +629,22 @@ def load_scores(run: Path, identity: dict[str, str]) -> dict[str, Tensor]:
     return scores
 
 
-def save_state(
-    out: Path,
-    stage: str,
-    step: int,
-    running: float,
-    batches: Tensor,
-    weights: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    tensors = {"batches": batches}
+def training_state(weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All tensors that training changes, by name: the weights, and AdamW's moments, made here as it makes
+    them."""
+    state = {f"weight {name}": weight for name, weight in weights.items()}
     for name, weight in weights.items():
-        moments = optimizer.state.get(weight, {})
-        tensors |= {f"weight {name}": weight} | {
-            f"{key} {name}": moments[key] for key in moments if key != "step"
-        }
-    about = {"stage": stage, "step": step, "running": running}
-    save_tensors(out / "checkpoint" / "state.safetensors", tensors, about)
+        moments = {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[weight] = moments | {"step": torch.zeros((), device=weight.device)}
+        state |= {f"{key} {name}": moment for key, moment in optimizer.state[weight].items()}
+    return state
 
 
-def load_state(
-    out: Path,
-    stage: str,
-    weights: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    lines: list[str] | None,
-) -> tuple[int, float, Tensor | None]:
-    """(steps done, running mean, the epoch's batches), weights and moments set; (0, 0, None) at the start.
-    lines: of the stage's log, if it keeps one."""
-    tensors, about = load_tensors(out / "checkpoint" / "state.safetensors")
-    if about.get("stage") != stage:  # none, or of a stage that is finished
-        return 0, 0.0, None
-    step = about["step"]
-    if lines is not None and len(lines) < step:
-        say(f"{out / 'metrics.jsonl'} is damaged behind step {len(lines)}: {stage} starts again from step 0")
-        return 0, 0.0, None
-    for name, weight in weights.items():
-        weight.data.copy_(tensors[f"weight {name}"])
-        if f"exp_avg {name}" in tensors:
-            moments = {key: tensors[f"{key} {name}"].to(weight.device) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[weight] = moments | {"step": torch.tensor(float(step), device=weight.device)}
-    say(f"{stage}: going on from step {step}")
-    return step, about["running"], tensors["batches"]
-
-
-def read_log(log: Path) -> list[str]:
-    """The lines of metrics.jsonl, up to the first that is not whole or not the next step's."""
-    lines: list[str] = []
-    for line in log.read_text(errors="replace").splitlines(keepends=True) if log.is_file() else []:
-        try:
-            if not line.endswith("\n") or json.loads(line)["step"] != len(lines) + 1:
-                break
-        except (ValueError, LookupError, TypeError):
-            break
-        lines.append(line)
-    return lines
+def read_log(log: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, up to the first that is not the next step's."""
+    lines = enumerate(evaluate.read_lines(log), 1)
+    whole = takewhile(lambda at: isinstance(at[1], dict) and at[1].get("step") == at[0], lines)
+    return [line for _, line in whole]
 
 
 # ---------------------------------------------------------------------------------------------------- reports
@@ -668,26 +652,24 @@ def read_log(log: Path) -> list[str]:
 
 def report_filter(out: Path, gamma: float, base: Tensor, proxy: Tensor, kept: Tensor, tau: float) -> None:
     """Write filter.json and say what was removed."""
-    removed = torch.ones(len(base), dtype=torch.bool).index_fill(0, kept, False)
     step1 = margin_decrease(base, proxy)
-    masks, ratio = {"step1": step1, "step2": removed & ~step1}, removed.double().mean().item()
-    result = {"tau": tau, "gamma": gamma, "ratio": ratio, "kept": len(kept)}
-    result |= {f"removed_{step}": mask.nonzero().flatten().tolist() for step, mask in masks.items()}
-    lm.write_atomically(out / "filter.json", lambda path: path.write_text(json.dumps(result)))
-    counts = ", ".join(f"{step} removed {int(mask.sum())}" for step, mask in masks.items())
-    say(f"filter: {counts} of {len(base)} pairs ({ratio:.2%}), tau {tau:.4g}, gamma {gamma:.4g}")
+    step2 = (~step1).index_fill(0, kept, False)
+    one, two = (step.nonzero().flatten().tolist() for step in (step1, step2))
+    ratio = (len(one) + len(two)) / len(base)
+    found = {"tau": tau, "gamma": gamma, "ratio": ratio, "kept": len(kept)}
+    evaluate.write_json(out / "filter.json", found | {"removed_step1": one, "removed_step2": two})
+    counts = f"step1 removed {len(one)}, step2 removed {len(two)} of {len(base)} pairs ({ratio:.2%})"
+    say(f"filter: {counts}, tau {tau:.4g}, gamma {gamma:.4g}")
 
 
 def report_batches(epoch: int, margins: Tensor, batches: Tensor) -> None:
     """Say how much of the largest possible margin variance the batches have, and random ones (Table 3)."""
-    n, m = batches.shape
-    seated = margins[batches.flatten()]
-    bound = variance_bound(seated, m).clamp(min=1e-30)  # all margins may be equal
-    others = random_batches(seated, m, generator("random batches to compare with", epoch))
-    shares = [(total_variance(*split) / bound).item() for split in ((margins, batches), (seated, others))]
+    (n, m), count = batches.shape, batches.numel()
+    bound = variance_bound(margins[batches.flatten()], m).clamp(min=1e-30)  # all margins may be equal
+    share, random = (total_variance(margins, batches) / bound).item(), (1 - 1 / m) * count / max(1, count - 1)
     say(
-        f"epoch {epoch + 1}: {n} batches with {shares[0]:.3%} of the largest possible margin variance "
-        f"(random ones: {shares[1]:.1%}); {len(margins) - n * m} pairs sit out"
+        f"epoch {epoch + 1}: {n} batches with {share:.3%} of the largest possible margin variance "
+        f"(random ones: {random:.1%} expected); {len(margins) - count} pairs sit out"
     )
 
 
@@ -702,7 +684,7 @@ def report_speed(
         peak = torch.cuda.max_memory_allocated()
     else:  # in KiB, but in bytes on macOS
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if not (lines := [json.loads(line) for line in read_log(log)]):
+    if not (lines := read_log(log)):
         return
     tokens, pairs, seconds = (sum(line[key] for line in lines) for key in ("tokens", "pairs", "seconds"))
     trained = [run.pairs[i] for i in kept.tolist()]
@@ -744,13 +726,6 @@ def on_rank_0(act: Callable[[], Any]) -> None:
 
 
 @contextmanager
-def timed(clock: Counter, stage: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    clock[stage] += time.perf_counter() - started
-
-
-@contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """A list that is empty until SIGTERM or Ctrl-C comes; a second one acts as usual."""
     seen: list[int] = []
@@ -765,14 +740,14 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
+    if seen:  # after the last step had looked
+        signal.raise_signal(seen[0])
 
 
 def main() -> None:
     parser = HfArgumentParser(Settings, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
-    parser.description, parser.usage = (
-        Settings.__doc__,
-        "train.py [--flag value ...] or train.py settings.yaml",
-    )
+    parser.description = Settings.__doc__
+    parser.usage = "train.py [--flag value ...] or train.py settings.yaml"
     transformers.utils.logging.disable_progress_bar()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
