@@ -28,7 +28,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import (
     AttentionInterface,
@@ -239,13 +238,31 @@ def fast_products() -> bool:
     return exact
 
 
-def attention(module: nn.Module, query: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, None]:
-    """transformers' attention, in plain products where rows are short; query: [B, heads, T, width].
+BLOCK = 128  # queries that `attention` multiplies at a time
 
-    PyTorch's fused kernel has MKL multiply; it pays for long rows, where it need not store [T, T].
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention, in plain products where rows are short and have a mask.
+
+    query [B, heads, T, width]; key, value [B, groups, T, width]; mask [B, 1, T, T] -> [B, T, heads, width].
+    A block of queries meets the keys up to its end only, since no token sees later ones, and heads that share
+    keys multiply them at once. PyTorch's fused kernel does neither, and has MKL multiply; it pays for long
+    rows, where it need not store [T, T].
     """
-    with sdpa_kernel(SDPBackend.MATH) if query.shape[2] <= 256 else nullcontext():
-        return sdpa_attention_forward(module, query, *rest, **options)
+    (b, heads, t, width), groups = query.shape, key.shape[1]
+    if mask is None or mask.dtype != torch.bool or t > 512 or t != key.shape[2]:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    query = (query * (options.get("scaling") or width**-0.5)).unflatten(1, (groups, -1))
+    lowest = torch.finfo(query.dtype).min  # not -inf: padding may see nothing
+    unseen = torch.zeros(mask.shape).masked_fill(~mask, lowest)
+    found = []
+    for start, end in ((k, min(k + BLOCK, t)) for k in range(0, t, BLOCK)):
+        scores = query[:, :, :, start:end].flatten(2, 3) @ key[:, :, :end].mT  # [B, groups, queries, keys]
+        scores.view(b, heads, -1, end).add_(unseen[:, :, start:end, :end])
+        found.append((scores.softmax(-1) @ value[:, :, :end]).view(b, heads, -1, width))
+    return torch.cat(found, 2).transpose(1, 2), None
 
 
 class InPlace(torch.autograd.Function):

@@ -31,7 +31,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import tensor
+from torch import nn, tensor
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -560,8 +560,9 @@ def test_token_log_probabilities_are_log_softmax_and_its_gradient():
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_fast_products_and_attention_give_the_plain_scores_and_gradients(kind, checkpointed):
     model, pairs = tiny(kind), some_pairs()
-    pairs[0] = pairs[0]._replace(prompt=list(range(2, 64)) * 7)  # long enough for the fused kernel
-    batches = [data.collate(pairs[:1]), data.collate(pairs[1:])]
+    for i, times in enumerate((5, 5, 9)):  # two rows of several blocks, and one for the fused kernel
+        pairs[i] = pairs[i]._replace(prompt=list(range(2, 64)) * times)
+    batches = [data.collate(part) for part in (pairs[:2], pairs[2:3], pairs[3:])]
     if checkpointed:
         model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
 
@@ -579,6 +580,14 @@ def test_fast_products_and_attention_give_the_plain_scores_and_gradients(kind, c
             assert (ours - wanted).norm() <= 1e-4 * wanted.norm()
     finally:
         plain_products()
+
+
+def test_attention_where_padding_sees_nothing():
+    q, k, v = (torch.randn(1, heads, 300, 8, generator=seeded(heads)) for heads in (4, 2, 2))
+    mask = torch.ones(300, 300, dtype=torch.bool).tril()[None, None].index_fill(3, tensor([0]), False)
+    ours, _ = lm.attention(nn.Module(), q, k, v, mask)
+    wanted = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
+    assert torch.allclose(ours[:, 1:], wanted[:, 1:], atol=1e-5) and ours.isfinite().all()
 
 
 def test_scores_that_are_missing_or_not_finite_are_refused():
