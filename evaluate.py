@@ -57,8 +57,9 @@ from loss import LENGTH_NORMALISED, REFERENCE_FREE
 Prompt = str | list[dict[str, str]]
 Item = tuple[Prompt, str, str]  # what a judge compares: prompt, baseline's output, model's output
 Row = dict[str, Any]
-FREE = {"seed", "output_dir", "proxy", "micro_batch_tokens", "save_steps"}  # runs of a group may differ in
-METHOD = {"filter_ratio", "tau", "gamma", "batching", "batch_margins", "lambda_reg", "alpha", "median"}  # RMO
+FREE = {"seed", "output_dir", "proxy", "micro_batch_tokens", "save_steps"}  # may differ in a group of runs
+HELD_OUT = ("eval_data", "eval_share", "max_length", "max_prompt_length")
+ALIKE = ("model", "data", "limit", *HELD_OUT, "sft_epochs", "objective", "beta", "seed")  # to be subtracted
 SAMPLES = 16  # responses to each held-out prompt of the built-in task
 
 # -------------------------------------------------------------------------------------------------- win rates
@@ -683,8 +684,8 @@ def over_seeds(rows: list[Row]) -> Row:
 
 def add_results(groups: list[Row], device: Any) -> None:
     """To each group {results: of its policies on held-out pairs, over seeds}, and its gains in win rate,
-    paired by seed, over the first plain run given that differs in METHOD at most, with half the width of
-    their 95 % interval."""
+    paired by seed, over the first plain run given that is ALIKE, with half the width of their 95 %
+    interval."""
     found, plain, alike = {}, {}, {}  # by folder: results; by what must be alike: plain run; by folder: that
     for folder in [folder for group in groups for folder in group["folders"]]:
         if "report" not in remembered(folder):
@@ -693,7 +694,7 @@ def add_results(groups: list[Row], device: Any) -> None:
         found[folder] = dict([{}, *known.get("report", {}).values()][-1])
         for judge, row in known.get("judged", {}).items():
             found[folder] |= {f"{k[:2]} ({judge}){k[2:]}": row[k] for k in row if k[:3] in ("WR ", "LC ")}
-        alike[folder] = str([(key, s[key]) for key in sorted(s) if key == "seed" or key not in FREE | METHOD])
+        alike[folder] = tuple(s.get(key) for key in ALIKE)
         if is_plain(s):
             plain.setdefault(alike[folder], folder)
     for group in groups:
