@@ -252,7 +252,9 @@ def attention(
     rows, where it need not store [T, T].
     """
     (b, heads, t, width), groups = query.shape, key.shape[1]
-    if mask is None or mask.dtype != torch.bool or t > 512 or t != key.shape[2]:
+    special = any(options.get(key) is not None for key in ("position_bias", "softcap", "cache"))
+    plain = mask is not None and mask.dtype == torch.bool and t == key.shape[2] <= 512
+    if special or not plain or options.get("dropout"):
         return sdpa_attention_forward(module, query, key, value, mask, **options)
     query = (query * (options.get("scaling") or width**-0.5)).unflatten(1, (groups, -1))
     lowest = torch.finfo(query.dtype).min  # not -inf: padding may see nothing
