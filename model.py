@@ -252,7 +252,7 @@ def attention(
     rows, where it need not store [T, T].
     """
     (b, heads, t, width), groups = query.shape, key.shape[1]
-    special = any(options.get(key) is not None for key in ("position_bias", "softcap", "cache"))
+    special = any(options.get(name) is not None for name in ("position_bias", "softcap", "cache"))
     plain = mask is not None and mask.dtype == torch.bool and t == key.shape[2] <= 512
     if special or not plain or options.get("dropout"):
         return sdpa_attention_forward(module, query, key, value, mask, **options)
