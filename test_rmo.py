@@ -2159,13 +2159,10 @@ def test_figures(runs, tmp_path, name, ending):
 
 def test_outputs_after_a_transcript_are_judged_as_training_has_them(tokenizer, tmp_path):
     talk = "\n\nHuman: Hi\n\nAssistant:"
-    (trained,), _ = pairs_of(
-        [{"chosen": f"{talk} You need tea.", "rejected": f"{talk} No."}], tokenizer, tmp_path
-    )
-    for texts in (
-        ("You need tea.", "No."),
-        (" You need tea.", " No."),
-    ):  # outputs are stripped, labels are not
+    row = {"chosen": f"{talk} You need tea.", "rejected": f"{talk} No."}
+    (trained,), _ = pairs_of([row], tokenizer, tmp_path)
+    stripped, labels = ("You need tea.", "No."), (" You need tea.", " No.")
+    for texts in (stripped, labels):
         (judged,), _ = data.tokenize_preferences([evaluate.as_row(talk, *texts, tokenizer)], tokenizer)
         assert judged[:3] == trained[:3]
 

@@ -555,8 +555,8 @@ def open_donor(s: Settings, identity: dict[str, str]) -> Path | None:
     theirs = evaluate.read_config(donor)
     if other := differences(theirs, identity | {key: getattr(s, key) for key in keys}):
         raise ValueError(f"--proxy {donor}: of another {other}")
-    scores, is_proxy = load_scores(donor, identity), evaluate.is_plain(theirs["settings"])
-    is_proxy &= (donor / "policy").is_dir()
+    scores = load_scores(donor, identity)
+    is_proxy = evaluate.is_plain(theirs["settings"]) and (donor / "policy").is_dir()
     if not scores or (s.needs_proxy and "proxy_chosen" not in scores and not is_proxy):
         raise ValueError(f"--proxy {donor}: no proxy margins, and no finished plain run, itself a proxy")
     return donor
