@@ -1,346 +1,672 @@
 """Preference data: read, check, tokenize, truncate, collate; and the built-in synthetic preferences.
 
-A pair travels as text {prompt, chosen, rejected} -> three lists of token ids (`Pair`) -> one row of a batch:
-prompt + chosen + rejected, so that the prompt, most of the tokens in multi-turn data, is computed once.
-Position ids of rejected restart where the prompt ends, and a mask lets each token see those before it, except
-that rejected never sees chosen. Nothing after model.py knows about tokens.
+Every form of file becomes one at the door: a row {prompt, chosen, rejected, source}. Then one path:
+row -> text -> token ids (`Pair`) -> one row of a batch, prompt + chosen + rejected, so that the prompt, most
+of the tokens of multi-turn data, is computed once. What the model sees is what the row says:
 
-The rules, each with a test of its name: message lists go through the chat template as whole conversations and
-get no further special tokens; plain strings are plain text, one BOS in front if the tokenizer has one, one
-end token behind; special tokens written inside a text are encoded as text, so that they cannot forge a turn;
-prompt and response are split on token ids; a response has exactly one end token, supervised, unless it was
-truncated; padding is known by length, never by id. Pairs with an empty response, with identical responses
-(before or after truncation: their margin is exactly 0), or with unequal prompts are dropped and counted by
-reason. Bad files raise ValueError naming file and line.
+- Messages go through the chat template as whole conversations, thinking off. The prompt is all that the
+  template writes before the response's text, so that generation starts from exactly what training saw.
+- A text is plain text: a BOS in front if the tokenizer has one, an end token behind; tokens in it are tokens.
+- Prompt and response are split on token ids. A response has one end token, supervised, unless truncated.
+- A pair that cannot be shown as it is written, or says nothing, is dropped and counted, the first one named.
+
+    rows = read_preferences("pairs.jsonl")    # or "Anthropic/hh-rlhf:*/train.jsonl.gz", or a list of sources
+    pairs, counts = tokenize_preferences(rows, tokenizer)
+    batch = collate(pairs[:8])
 """
 
 import gzip
 import hashlib
 import json
+import os
 import random
 import re
-import secrets
+import shutil
 import zlib
-from bisect import bisect
-from collections import Counter
-from collections.abc import Iterator
-from functools import cache
-from itertools import accumulate, chain, islice
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from itertools import accumulate, groupby
 from os.path import commonprefix  # of any sequences
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-HH_MARK = "\n\nAssistant:"
-ENDING = re.compile(r"\.(jsonl?)(\.gz)?$")
-# Llama 3's template writes today's date into the system prompt: data would change at midnight, and with it
-# splits and fingerprints. This is the date that it falls back to.
-FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
-MARK = secrets.token_hex()  # around special tokens that a user wrote, while a template is rendered
-FORMATS = (
-    'give {"prompt", "chosen", "rejected"} as strings or as message lists, {"chosen", "rejected"} as message '
-    "lists that begin alike, or Anthropic HH transcripts"
-)
+Messages = list[dict[str, str]]  # {"role": "system", "user" or "assistant", "content": text}
+Row = dict[str, Any]  # prompt: text or Messages; chosen, rejected: texts; source; drop: why it is unusable
 
 
 class Pair(NamedTuple):
-    """One preference pair as token ids. source: "file:line"; row: its place among the rows read."""
+    """One preference pair as token ids. source: "file:line"; row: the row it was made from."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     source: str
-    row: int
+    row: Row
 
     @property
-    def size(self) -> int:
-        """Tokens of the row that holds the prompt once."""
+    def size(self) -> int:  # tokens of the row that holds the prompt once
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
     @property
-    def length(self) -> int:
-        """Tokens of the longer plain row."""
+    def length(self) -> int:  # tokens of the longer plain row
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
-# ------------------------------------------------------------------------------------------------------- read
+class Splits(NamedTuple):
+    train: list[Pair]
+    sft: list[Pair]
+    held_out: list[Pair]
+    counts: dict[str, int]
 
 
-def read_preferences(source: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """Rows {prompt, chosen, rejected, source} from a .json or .jsonl file, .gz of these, or a hub dataset.
+class Unusable(ValueError):
+    """Why a row is no usable pair: "what is counted", or "what is counted: what this row has of it"."""
 
-    source: a path; or "owner/name", or "owner/name:file/in/it.jsonl.gz" where the repository holds several
-    such files. prompt, chosen, rejected: strings, or a message list and two messages. limit: only the first K
-    rows. A row that is no usable pair also has "drop": why.
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+def read_json(path: Path, default: Any = None) -> Any:
+    """What is in the file, or the default if there is none. Raises ValueError naming the file."""
+    if not Path(path).is_file():
+        return default
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_whole(path, lambda unfinished: unfinished.write_text(json.dumps(value, indent=1), encoding="utf-8"))
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """A file or folder appears whole or not at all: `write` writes it beside, then it is renamed. A folder
+    that is there already stays as it is (OSError)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # a killed run's
+    try:
+        write(unfinished)
+        for part in filter(Path.is_file, [unfinished, *unfinished.rglob("*")]):
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.unlink(missing_ok=True)
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The values of a .jsonl file, less lines that a crash cut short; of no file, none."""
+    values = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            values.append(json.loads(line))
+        except ValueError:
+            continue
+    return values
+
+
+def keep_lines(path: Path, count: int) -> None:
+    """Cut a .jsonl file after so many values."""
+    text = "".join(json.dumps(value) + "\n" for value in read_lines(path)[:count])
+    write_whole(path, lambda unfinished: unfinished.write_text(text))
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Add a value to a .jsonl file, on a line of its own also where a crash cut the last one short."""
+    with path.open("ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        cut_short = file.read() not in (b"", b"\n")
+        file.write(b"\n" * cut_short + json.dumps(value).encode() + b"\n")
+
+
+# -------------------------------------------------------------------------------------- read: files to rows
+
+BUILTIN = "built-in"
+SOURCES = ".json, .jsonl or .ndjson files, .gz of these, .parquet, or owner/name:path of a hub dataset"
+
+
+def read_preferences(
+    source: str | list[str], limit: int | None = None, seed: int = 0, single_turn: bool = False
+) -> list[Row]:
+    """Rows of one or several SOURCES; the path in a hub dataset may hold *.
+
+    single_turn: only conversations of one user turn. limit: a random K of the usable rows, drawn by seed.
+    Raises ValueError for a file that cannot be read, that has no row of a known form, or a column to lose.
     """
-    path = Path(source)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", source):
-        path = _download(source)
-    if not path.is_file():
-        raise ValueError(f"{source}: no such file; give a .json or .jsonl file, .gz of these, or a hub id")
-    rows = [_recognise(value, place) for place, value in islice(_json_values(path), limit)]
+    rows = []
+    for one_source in [source] if isinstance(source, str) else source:
+        for name, path in _files(one_source):
+            rows += _read_file(name, path)
+    usable = [row for row in rows if "drop" not in row]
+    for row in usable if single_turn else []:
+        roles = [message["role"] for message in as_messages(row["prompt"])]
+        if roles.count("user") != 1:
+            row["drop"] = "not one user turn"
+    usable = [row for row in usable if "drop" not in row]
+    if limit is None or limit >= len(usable):
+        return rows
+    drawn = {id(row) for row in random.Random(seed).sample(usable, limit)}
+    return [row for row in rows if "drop" in row or id(row) in drawn]
+
+
+def _files(source: str) -> list[tuple[str, Path]]:
+    """(name, path) of each file of a source; a hub file is named owner/name:path."""
+    if Path(source).is_file():
+        return [(source, Path(source))]
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+):(.+)", source)
+    if not hub:
+        raise ValueError(f"{source}: no such file; give {SOURCES}")
+    repository, wanted = hub.groups()
+    from huggingface_hub import snapshot_download
+
+    try:  # without network this looks into its cache
+        folder = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=wanted))
+    except Exception as error:  # no such repository, gated, not in the cache, ...: whatever the client raises
+        raise ValueError(f"{source}: no such file here, and none from the hub ({_one_line(error)})") from None
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    names = sorted(name for name in names if fnmatchcase(name, wanted))
+    if not names:
+        raise ValueError(f"{source}: neither the hub's dataset nor the cache has such a file")
+    return [(f"{repository}:{name}", folder / name) for name in names]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _read_file(name: str, path: Path) -> list[Row]:
+    rows, odd = [], []
+    for place, value in _values(name, path):
+        try:
+            rows.append(_recognise(value, place))
+        except Unusable as error:
+            rows.append({"source": place, "drop": f"of no known form: {error}"})
+            odd.append((place, error, sorted(value) if isinstance(value, dict) else []))
     if not rows:
-        raise ValueError(f"{source}: holds no pairs; {FORMATS}")
+        raise ValueError(f"{name}: holds no pairs")
+    if len(odd) == len(rows):
+        place, error, columns = odd[0]
+        prompt = next((key for key in PROMPTS if key in columns), "prompt")
+        form = f"{prompt}, chosen, rejected, as texts or as messages"
+        raise ValueError(f"{place}: {error}; columns found: {columns}; the nearest form is {form}")
     return rows
 
 
-def _download(source: str) -> Path:
-    from huggingface_hub import HfApi, hf_hub_download
-
-    name, _, file = source.partition(":")
+def _values(name: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, value) for each line of a .jsonl file, item of a .json list, or row of a .parquet file."""
+    place, plain_name = name, name.removesuffix(".gz")
     try:
-        files = [file for file in HfApi().list_repo_files(name, repo_type="dataset") if ENDING.search(file)]
-        file = file or (files[0] if len(files) == 1 else "")
-        if file in files:
-            return Path(hf_hub_download(name, file, repo_type="dataset"))
-    except Exception as error:  # offline, no such repository, gated, ...: whatever the hub's client raises
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        raise ValueError(f"{source}: no such file, and the hub gave no such dataset ({reason})") from None
-    if files:
-        raise ValueError(f"{source}: name one of its files, as {name}:{files[0]} (of {', '.join(files[:8])})")
-    raise ValueError(f"{source}: holds no .json or .jsonl file; convert it with datasets' Dataset.to_json")
+        if name.endswith(".parquet"):
+            from pyarrow import parquet
 
-
-def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, value) for each line of a .jsonl file or each item of a .json list."""
-    kind = ENDING.search(path.name)
-    if not kind:
-        raise ValueError(f"{path}: the name must end in .json, .jsonl, .json.gz or .jsonl.gz")
-
-    def unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(items)) < len(items):
-            raise ValueError(f"a key stands twice in {[key for key, _ in items]}")
-        return dict(items)
-
-    def parse(text: str, place: str) -> Any:
-        try:
-            return json.loads(text, object_pairs_hook=unique_keys)
-        except (ValueError, RecursionError) as error:
-            if kind[1] == "json" and isinstance(error, json.JSONDecodeError):
-                place += f":{error.lineno}"
-            hint = "a .jsonl file has one object a line, a .json file one list"
-            raise ValueError(f"{place}: not JSON ({getattr(error, 'msg', error)}); {hint}") from None
-
-    try:
-        with (gzip.open if kind[2] else open)(path, "rt", encoding="utf-8-sig") as file:
-            if kind[1] == "jsonl":
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield f"{path}:{number}", parse(line, f"{path}:{number}")
-                return
-            values = parse(file.read(), str(path))
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
+            values = parquet.read_table(path).to_pylist()
+        elif plain_name.endswith((".json", ".jsonl", ".ndjson")):
+            with (open if name == plain_name else gzip.open)(path, "rt", encoding="utf-8-sig") as file:
+                if not plain_name.endswith(".json"):
+                    for number, line in enumerate(file, 1):
+                        place = f"{name}:{number}"
+                        if line.strip():
+                            yield place, json.loads(line)
+                    return
+                values = json.load(file)
+        else:
+            raise ValueError(f"of no known kind; give {SOURCES}")
+    except ImportError:
+        raise ValueError(f"{name}: reading .parquet needs pyarrow: pip install pyarrow") from None
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+        hint = "a .jsonl file has one object a line, a .json file one list"
+        raise ValueError(f"{place}: cannot be read ({_one_line(error)}); {hint}") from None
     if not isinstance(values, list):
-        raise ValueError(f"{path}: a .json file must hold one list of pairs, not {type(values).__name__}")
-    yield from ((f"{path}: item {number}", value) for number, value in enumerate(values, 1))
+        raise ValueError(f"{name}: a .json file must hold one list of pairs, not {type(values).__name__}")
+    for number, value in enumerate(values, 1):
+        yield f"{name}: item {number}", value
 
 
-def _recognise(row: Any, place: str) -> dict[str, Any]:
-    """A row of read_preferences from one in any of the FORMATS."""
+# --------------------------------------------------------------------------------- read: every form to one
 
-    def refuse(why: str) -> NoReturn:
-        raise ValueError(f"{place}: {why}; {FORMATS}")
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # turn marks of Anthropic HH's transcripts
+NAMES = {"user": "Human", "assistant": "Assistant", "system": "System"}
+ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+PROMPTS = ("prompt", "conversations", "messages", "question", "instruction", "input")  # columns of a prompt
+HARMLESS = {"role", "content", "from", "value", "name", "weight", "score", "id", "index", "timestamp"}
+# Filled, these change what a model should have seen: they are refused, for to drop them would be silent.
+MEANINGFUL = ("tools", "functions", "tool_calls", "function_call", "documents", "context", "history")
+MEANINGFUL += ("image", "images", "video", "videos", "audio", "audios", "thinking", "reasoning_content")
 
-    if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
-        refuse(f"no preference pair (found {sorted(row) if isinstance(row, dict) else type(row).__name__})")
-    sides, prompt = [row["chosen"], row["rejected"]], row.get("prompt")
-    if isinstance(sides[0], list) and sides[0][:1] == [{"role": "user", "content": prompt}]:
-        prompt = None  # it stands twice
-    given = sides if prompt is None else [prompt, *sides]
-    if all(isinstance(value, str) for value in given):
-        prompts, answers = [prompt, prompt], sides
-        if prompt is None:
-            if not all(HH_MARK in side for side in sides):
-                refuse(f"no prompt, and no {HH_MARK!r} to split at")
-            prompts = [side[: side.rindex(HH_MARK) + len(HH_MARK)] for side in sides]
-            answers = [side.removeprefix(start) for side, start in zip(sides, prompts)]
-        texts = answers
-    elif all(isinstance(value, list) and value for value in given):
-        talks = [(prompt or []) + side for side in sides]
-        for message in talks[0] + talks[1]:
-            fits = isinstance(message, dict) and message.keys() == {"role", "content"}
-            if not (fits and all(isinstance(value, str) for value in message.values())):
-                refuse(f"a message must be {{role: text, content: text}}, not {str(message)[:80]}")
-        prompts, answers = [talk[:-1] for talk in talks], [talk[-1] for talk in talks]
-        if any(answer["role"] != "assistant" for answer in answers):
-            refuse("chosen and rejected must end with a message of role assistant")
-        texts = [answer["content"] for answer in answers]
-    else:
-        kinds = {key: type(row[key]).__name__ for key in ("prompt", "chosen", "rejected") if key in row}
-        refuse(f"{kinds} are not all strings or all message lists")
+
+def make_row(prompt: str | Messages, chosen: str, rejected: str, source: str) -> Row:
+    """A row from a prompt and two responses that models wrote. In a transcript a space stands before them."""
+    if is_transcript(prompt):
+        chosen, rejected = f" {chosen.lstrip()}", f" {rejected.lstrip()}"
+    return _checked(prompt, chosen, rejected, source)
+
+
+def _checked(prompt: str | Messages, chosen: str, rejected: str, source: str) -> Row:
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "source": source}
+    if not prompt:
+        row["drop"] = "empty prompt"
+    elif not chosen.strip() or not rejected.strip():
+        row["drop"] = "empty response"
+    elif chosen == rejected:
+        row["drop"] = "identical responses"
+    return row
+
+
+def _recognise(value: Any, place: str) -> Row:
+    """A row from a value of any form: prompt and sides as text or messages, less what stands twice."""
+    if not isinstance(value, dict):
+        raise Unusable(f"a row must be an object, not {type(value).__name__}")
+    _refuse_meaningful(value, place)
+    if value.get("chosen") is None or value.get("rejected") is None:
+        raise Unusable("no preference pair")
+    prompt = _prompt(value, place)
+    sides = [_text_or_messages(value[key], key, place) for key in ("chosen", "rejected")]
+    is_chat = any(isinstance(given, list) for given in (prompt, *sides))
+    conversations = _split_messages(prompt, sides) if is_chat else _split_texts(prompt, sides)
+    if "system" in value:  # also an empty one makes messages of a text: one file is rendered in one way
+        system = [_message({"role": "system", "content": value["system"]}, place)] if value["system"] else []
+        conversations = [_with_system(system, *conversation) for conversation in conversations]
+    (prompt, chosen), (other_prompt, rejected) = conversations
+    row = _checked(prompt, chosen, rejected, place)
+    if prompt != other_prompt:
+        row["drop"] = "prompts differ"
     try:
-        json.dumps(given, ensure_ascii=False).encode()
+        json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{place}: text that is no Unicode ({error.reason}): half a character?") from None
-    found = {"prompt": prompts[0], "chosen": answers[0], "rejected": answers[1], "source": place}
-    faults = {
-        "prompts differ": prompts[0] != prompts[1],
-        "empty prompt": not prompts[0],
-        "empty response": not all(text.strip() for text in texts),
-        "identical responses": texts[0] == texts[1],
-    }
-    return found | next(({"drop": fault} for fault, holds in faults.items() if holds), {})
+        raise Unusable(f"text that is no Unicode ({error.reason}): half a character?") from None
+    return row
 
 
-# --------------------------------------------------------------------------------------------------- tokenize
+def _refuse_meaningful(value: Row, place: str) -> None:
+    for key in MEANINGFUL:
+        if value.get(key):
+            raise ValueError(f"{place}: {key!r} is filled and would be lost: remove it, or such rows")
+
+
+def _prompt(value: Row, place: str) -> str | Messages | None:
+    """What stands before the responses as the file has it; None: nothing does."""
+    given = {key: value[key] for key in PROMPTS if value.get(key)}
+    if "instruction" in given and isinstance(given.get("input"), str):
+        given["instruction"] = f"{given['instruction']}\n{given.pop('input')}"
+    if given.get("messages") in (value["chosen"], value["rejected"]):
+        del given["messages"]  # ultrafeedback_binarized has chosen in it again
+    if len(given) > 1:
+        raise Unusable(f"{' and '.join(given)} are filled: which one is the prompt?")
+    for key, prompt in given.items():
+        return _text_or_messages(prompt, key, place)
+    return "" if any(value.get(key) == "" for key in PROMPTS) else None
+
+
+def _text_or_messages(value: Any, key: str, place: str) -> str | Messages:
+    if isinstance(value, str):
+        return value
+    messages = [value] if isinstance(value, dict) else value
+    if not isinstance(messages, list) or not messages:
+        raise Unusable(f"{key} is {value!r:.40}, neither text nor messages")
+    return [_message(message, place) for message in messages]
+
+
+def _message(value: Any, place: str) -> dict[str, str]:
+    """{role, content} of a message in OpenAI's or ShareGPT's form; roles are folded, text parts joined."""
+    if not isinstance(value, dict):
+        raise Unusable(f"a message must be {{role: text, content: text}}, not {value!r:.60}")
+    _refuse_meaningful(value, place)
+    lost = [key for key in value if value[key] and key not in HARMLESS]
+    if lost:
+        raise Unusable(f"a message has {', '.join(lost)}, which would be lost")
+    role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise Unusable(f"a message must be {{role: text, content: text}}, not {value!r:.60}")
+    role = ROLES.get(role.lower(), role.lower())
+    if role not in NAMES:
+        raise Unusable(f"a message has the role {role!r}, which is none of {', '.join(NAMES)}")
+    return {"role": role, "content": content}
+
+
+def _split_texts(prompt: str | None, sides: list[str]) -> list[tuple[str, str]]:
+    """(prompt, response) of two sides that are responses, or whole texts."""
+    split_at_mark = all(ASSISTANT in side for side in sides)
+    if prompt is None and not split_at_mark:
+        raise Unusable(f"no prompt, and no {ASSISTANT!r} to split at")
+    if prompt:  # then only whole transcripts that have it in them are split
+        split_at_mark &= all(side.startswith(HUMAN) and prompt.strip() in side for side in sides)
+    if split_at_mark:
+        ends = [side.rindex(ASSISTANT) + len(ASSISTANT) for side in sides]
+        return [(side[:end], side[end:]) for side, end in zip(sides, ends)]
+    # One word may well begin two responses; several are the prompt, which stands twice.
+    if len(prompt.split()) > 1 and all(side.startswith(prompt) for side in sides):
+        sides = [side.removeprefix(prompt) for side in sides]
+    return [(prompt, side) for side in sides]
+
+
+def _split_messages(prompt: str | Messages | None, sides: list[str | Messages]) -> list[tuple[Messages, str]]:
+    """(prompt, response) of two sides that are responses, whole conversations, or their last parts."""
+    split = []
+    for side in sides:
+        if isinstance(side, str):
+            side = [{"role": "assistant", "content": side}]
+        turns = _join(as_messages(prompt or []), side[:-1])
+        if side[-1]["role"] != "assistant" or (turns and turns[-1]["role"] == "assistant"):
+            raise Unusable("a conversation must end with one message of role assistant")
+        split.append((turns, side[-1]["content"]))
+    return split
+
+
+def _with_system(system: Messages, prompt: str | Messages, response: str) -> tuple[Messages, str]:
+    if is_transcript(prompt):  # the space before a response belongs to plain text
+        response = response.strip()
+    return _join(system, as_messages(prompt or [])), response
+
+
+def _join(prompt: Messages, turns: Messages) -> Messages:
+    """The turns before a response: one list repeats the other, or a part of it, or turns follow prompt."""
+    shorter, longer = sorted([prompt, turns], key=len)
+    texts = [(message["role"], message["content"].strip()) for message in longer]
+    if all((message["role"], message["content"].strip()) in texts for message in shorter):
+        return longer
+    if all(message["role"] == "system" for message in turns):
+        return turns + prompt
+    if turns[0]["role"] not in ("system", prompt[-1]["role"]):
+        return prompt + turns
+    raise Unusable("the prompt is not in the conversations of chosen and rejected, nor do they follow it")
+
+
+def is_transcript(prompt: str | Messages) -> bool:
+    """Whether a prompt is one of Anthropic HH's: \\n\\nHuman: ... \\n\\nAssistant:"""
+    return isinstance(prompt, str) and prompt.startswith(HUMAN) and prompt.endswith(ASSISTANT)
+
+
+def as_messages(prompt: str | Messages) -> Messages:
+    """A prompt as messages: a transcript's turns, or a text as the user's only message."""
+    if not is_transcript(prompt):
+        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    parts = re.split(r"\n\n(Human|Assistant):", prompt.removesuffix(ASSISTANT))
+    roles = ["user" if name == "Human" else "assistant" for name in parts[1::2]]
+    return [{"role": role, "content": text.strip()} for role, text in zip(roles, parts[2::2])]
+
+
+def as_text(prompt: str | Messages) -> str:
+    """A prompt as plain text: messages become a transcript."""
+    if isinstance(prompt, str):
+        return prompt
+    return "".join(f"\n\n{NAMES[turn['role']]}: {turn['content']}" for turn in prompt) + ASSISTANT
+
+
+def prompt_text(prompt: str | Messages) -> str:
+    """One text for a prompt: the text, the content of an only message, or the transcript of several turns."""
+    return prompt[0]["content"] if isinstance(prompt, list) and len(prompt) == 1 else as_text(prompt)
+
+
+# -------------------------------------------------------------------------------------------------- tokenize
+
+SLICE = 1000  # rows tokenized at once: the tokenizer's own structures take 100 KiB a row
+ANSWER = "answer"
+THINKING_OFF = {"enable_thinking": False, "thinking": False}
+# Some templates write today's date: data would change at midnight, and with it splits and fingerprints. This
+# is the date that Llama 3's falls back to.
+FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 
 
 def tokenize_preferences(
-    rows: list[dict[str, Any]], tokenizer: Any, max_length: int = 1024, max_prompt_length: int | None = None
+    rows: list[Row],
+    tokenizer: Any,
+    max_length: int = 1024,
+    max_prompt_length: int | None = None,
+    chat: str = "auto",
 ) -> tuple[list[Pair], dict[str, int]]:
-    """Rows of read_preferences -> pairs, and the number of rows by what happened to them.
+    """Rows of read_preferences -> pairs, and how many rows went which way, for `describe`.
 
     max_length: tokens of prompt plus one response. A longer prompt loses its beginning (but not its BOS) down
     to max_prompt_length, by default to what the longer response leaves, at least half of max_length; then
-    each response by itself loses its end. Raises ValueError if nothing is left, or if the rows hold messages
-    and the tokenizer has no chat template.
+    each response by itself loses its end. chat: "auto" renders messages by the chat template, and transcripts
+    too if there is one; "always" takes a text for a user's message; "never" makes plain text of everything.
+    Raises ValueError if nothing is left, or if there are messages and no template.
     """
     if not 2 <= max_length or not (max_prompt_length is None or 1 <= max_prompt_length < max_length):
         raise ValueError(f"max_prompt_length {max_prompt_length} must be 1 to below max_length {max_length}")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end token (eos_token), so a response cannot end; set one")
-    counts = Counter({"read": len(rows)})
-    usable = [(index, row) for index, row in enumerate(rows) if "drop" not in row]
-    counts.update("dropped: " + row["drop"] for row in rows if "drop" in row)
-    special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
-    controls = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"  # the longest first
-    bos = tokenizer.bos_token_id
-    bos_added = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    end, marks = _end_and_marks(tokenizer)
+    eos, special = tokenizer.eos_token_id, _special_tokens(tokenizer)
+    bos = [id for id in tokenizer("a").input_ids[:1] if id == tokenizer.bos_token_id]
+    pairs, rendered, dropped, notes = [], [], defaultdict(list), Counter()
+    for row in rows:
+        try:
+            templated, texts = _render(row, tokenizer, chat, marks)
+            rendered.append((row, templated, texts))
+        except Unusable as error:
+            kind, *detail = str(error).split(": ", 1)
+            dropped[kind].append(": ".join([row["source"], *detail]))
 
-    texts = []  # prompt, prompt + chosen, prompt + rejected of each row in turn
-    for _, row in usable:
-        parts = [_parts(row, side, tokenizer, controls) for side in (None, "chosen", "rejected")]
-        said = [text for text in parts for text in text[1::2]]
-        counts["control tokens in a text, encoded as text"] += any(re.search(controls, text) for text in said)
-        texts += parts
-    ids = _encode(texts, tokenizer)
+    ids_of_rows = _token_ids([texts for _, _, texts in rendered], tokenizer)
+    for (row, templated, texts), (prompt, *full) in zip(rendered, ids_of_rows):
+        if templated:
+            contents = [message["content"].strip() for message in as_messages(row["prompt"])]
+            changed = any(content not in texts[0] for content in contents)
+            notes["with a message that the chat template leaves out or changes"] += changed
+        else:
+            unused = bool(tokenizer.chat_template) and chat == "auto"
+            notes["as plain text, without the chat template (with it: --chat always)"] += unused
+            notes["with special tokens in plain text"] += not special.keys().isdisjoint(full[0] + full[1])
+            if full[0][:1] != bos:
+                prompt, full = bos + prompt, [bos + ids for ids in full]
+        # Tokens merged across the boundary are not those the prompt has alone: they go to the response.
+        start = len(commonprefix([prompt, *full]))
+        notes["with prompt and response merged at the boundary"] += start < len(prompt)
+        prompt = prompt[:start]
+        responses = [_one_end(ids[start:], templated, end, eos) for ids in full]
 
-    pairs, control_ids = [], set(special.values())
-    for (index, row), alone, *full in zip(usable, ids[0::3], ids[1::3], ids[2::3]):
-        plain = isinstance(row["prompt"], str)
-        if plain:
-            start = [bos] if bos_added and alone[:1] != [bos] else []
-            alone, full = start + alone, [start + side + [tokenizer.eos_token_id] for side in full]
-        # Tokens merged across the boundary differ from those the prompt has alone: they go to the response.
-        prompt = commonprefix([alone, *full])
-        if not plain:
-            full = [_one_end_token(side, len(prompt), control_ids, tokenizer) for side in full]
-        counts["prompt and response merged at the boundary"] += len(prompt) < len(alone)
-        responses = [side[len(prompt) :] for side in full]
-        longest = max(map(len, responses))
+        longest = max(len(response) for response in responses)
         budget = max_prompt_length or max(max_length - longest, max_length // 2)
         if len(prompt) > budget:
-            counts["prompt truncated"] += 1
-            keep_bos = prompt[:1] if prompt[0] == bos and budget > 1 else []
-            prompt = keep_bos + prompt[len(prompt) - budget + len(keep_bos) :]
+            notes["with the prompt truncated"] += 1
+            kept_bos = prompt[:1] if prompt[0] == tokenizer.bos_token_id and budget > 1 else []
+            prompt = kept_bos + prompt[len(prompt) - budget + len(kept_bos) :]
         room = max_length - len(prompt)
-        counts["response truncated"] += longest > room
+        notes["with a response truncated"] += longest > room
         chosen, rejected = (response[:room] for response in responses)
         if not prompt:
-            counts["dropped: empty prompt"] += 1
+            dropped["empty prompt"].append(row["source"])
         elif chosen == rejected:
-            counts["dropped: identical after truncation"] += 1
+            dropped["identical after truncation"].append(row["source"])
         else:
-            pairs.append(Pair(prompt, chosen, rejected, row["source"], index))
+            pairs.append(Pair(prompt, chosen, rejected, row["source"], row))
+
+    counts = {"read": len(rows)}
+    counts.update((note, count) for note, count in notes.items() if count)
+    for kind, places in dropped.items():
+        counts[f"dropped: {kind} (first {places[0]})"] = len(places)
     counts["kept"] = len(pairs)
-    counts = {reason: count for reason, count in counts.items() if count}
     if not pairs:
-        raise ValueError(
-            f"{rows[0]['source']}: no pair is left ({listed(counts)}): look at data or max_length"
-        )
+        place = rows[0]["source"] if rows else "no rows"
+        remedy = "look at the data, --chat_template, --chat never or --max_length"
+        raise ValueError(f"{place}: no pair is left ({describe(counts)}); {remedy}")
     return pairs, counts
 
 
-def listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{reason} {count:,}" for reason, count in counts.items())
+def tokenize_prompts(
+    prompts: list[str | Messages], tokenizer: Any, max_prompt_length: int | None, chat: str = "auto"
+) -> list[list[int]]:
+    """The token ids that generation starts from: those that training sees before a response. A longer prompt
+    than max_prompt_length loses its beginning. Raises ValueError naming the first that cannot be rendered."""
+    # Responses that begin with a space do not merge with the end of a plain text.
+    rows = [make_row(prompt, " a", " b", f"prompt {prompt_text(prompt)!r:.60}") for prompt in prompts]
+    pairs, counts = tokenize_preferences(rows, tokenizer, 10**9, max_prompt_length, chat)
+    if len(pairs) < len(prompts):
+        raise ValueError(f"{len(prompts) - len(pairs)} prompts cannot be rendered: {describe(counts)}")
+    return [pair.prompt for pair in pairs]
 
 
-def _parts(row: dict[str, Any], side: str | None, tokenizer: Any, controls: str) -> list[str]:
-    """The text of prompt (+ response) in parts; control tokens in every second one are mere text."""
-    if isinstance(row["prompt"], str):
-        return ["", row["prompt"] + (row[side] if side else "")]
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"{row['source']}: messages, but the tokenizer has no template: --chat_template FILE"
-        )
-    messages = row["prompt"] + ([row[side]] if side else [])
-    safe = [m | {"content": re.sub(controls, rf"{MARK}\g<0>{MARK}", m["content"])} for m in messages]
+def end_token(tokenizer: Any) -> int:
+    """The token that ends a supervised message: the chat template's end of turn, else the tokenizer's eos."""
+    return _end_and_marks(tokenizer)[0]
+
+
+def describe(counts: dict[str, int]) -> str:
+    """The counts of tokenize_preferences in one line."""
+    return "; ".join(f"{count:,} {what}" for what, count in counts.items())
+
+
+def show(pair: Pair, tokenizer: Any) -> str:
+    """A pair as the model sees it: special tokens stand in ⟦ ⟧, letters that look like them do not, ⏎ is a
+    line end. Of long texts the middle is left out."""
+    special, lines = _special_tokens(tokenizer), [pair.source]
+    for name, ids in zip(("prompt (no loss)", "chosen", "rejected"), pair[:3]):
+        text = ""
+        for is_special, run in groupby(ids, key=special.__contains__):
+            run = list(run)
+            text += "".join(f"⟦{special[id]}⟧" for id in run) if is_special else tokenizer.decode(run)
+        if len(text) > 1000:
+            text = f"{text[:500]} [...] {text[-500:]}"
+        lines.append(f"--- {name}, {len(ids)} tokens:\n" + text.replace("\n", "⏎\n"))
+    return "\n".join(lines)
+
+
+def _render(row: Row, tokenizer: Any, chat: str, marks: re.Pattern[str]) -> tuple[bool, list[str]]:
+    """Whether the chat template renders a row; the texts of its prompt, and of it with each response. Raises
+    Unusable where that would not be what the row says."""
+    if "drop" in row:
+        raise Unusable(row["drop"])
+    prompt, responses = row["prompt"], [row["chosen"], row["rejected"]]
+    is_text, template = isinstance(prompt, str), tokenizer.chat_template
+    templated = chat == "always"
+    if chat == "auto":
+        templated = not is_text or (is_transcript(prompt) and bool(template))
+    if not templated:
+        before, space = as_text(prompt), "" if is_text else " "
+        return False, [before, *(before + space + response for response in responses)]
+    if not template:
+        remedy = "give --chat_template FILE, or --chat never for Human/Assistant text"
+        raise ValueError(f"{row['source']}: messages, but the tokenizer has no chat template: {remedy}")
+    messages = as_messages(prompt)
+    for text in [message["content"] for message in messages] + responses:
+        mark = marks.search(text)
+        if mark:
+            raise Unusable(f"a turn mark of the chat template in a message: {mark[0]}")
+    if is_text:  # the space between prompt and response belongs to plain text
+        responses = [response.strip() for response in responses]
+    before, _ = _around_answer(messages, tokenizer)
+    full = [_apply_template(messages, response, tokenizer) for response in responses]
+    for text, response in zip(full, responses):
+        written = text[len(before) :].lstrip()
+        if not text.startswith(before) or not written.startswith(response.strip()):
+            raise Unusable(f"response rewritten by the chat template: {text[-80:]!r}")
+    return True, [before, *full]
+
+
+def _around_answer(messages: Messages, tokenizer: Any) -> tuple[str, str]:
+    """What the chat template writes before and behind the text of an answer to these messages."""
+    text = _apply_template(messages, ANSWER, tokenizer)
+    before, found, behind = text.rpartition(ANSWER)
+    if not found:
+        raise Unusable(f"response rewritten by the chat template: {text[-80:]!r}")
+    return before.rstrip(" "), behind  # a space would merge with the answer's first word
+
+
+def _apply_template(messages: Messages, response: str, tokenizer: Any) -> str:
+    messages = [*messages, {"role": "assistant", "content": response}]
     try:
-        how = {"chat_template": FIXED_DATE + tokenizer.get_chat_template(), "tokenize": False}
-        rendered = tokenizer.apply_chat_template(safe, add_generation_prompt=side is None, **how)
+        template = FIXED_DATE + tokenizer.get_chat_template()
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **THINKING_OFF)
     except Exception as error:  # templates raise what they like, for example on a system message
-        raise ValueError(f"{row['source']}: the chat template refuses this conversation ({error})") from None
-    return re.split(f"{MARK}({controls}){MARK}", rendered)
+        raise Unusable(f"refused by the chat template: {_one_line(error)}") from None
 
 
-def _encode(texts: list[list[str]], tokenizer: Any) -> list[list[int]]:
-    """All parts of all texts in two calls of the tokenizer, put together again."""
-    ids = []
-    for literal in (False, True):
-        parts = [part for text in texts for part in text[literal::2]]
-        how = {"add_special_tokens": False, "split_special_tokens": literal, "verbose": False}
-        ids.append(iter(tokenizer(parts, **how).input_ids if parts else []))
-    return [[id for k in range(len(text)) for id in next(ids[k % 2])] for text in texts]
+def _token_ids(groups: list[list[str]], tokenizer: Any) -> Iterator[list[list[int]]]:
+    """The token ids of each group of three texts."""
+    for start in range(0, len(groups), SLICE):
+        texts = [text for group in groups[start : start + SLICE] for text in group]
+        ids = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        for first in range(0, len(ids), 3):
+            yield ids[first : first + 3]
 
 
-def _one_end_token(ids: list[int], prompt_length: int, control_ids: set[int], tokenizer: Any) -> list[int]:
-    """Cut what a template puts behind the end of turn (newline, second end token); add one if none."""
-    end = None
-    for last in range(len(ids) - 1, prompt_length - 1, -1):
-        if ids[last] in control_ids:
-            end = last + 1
-        elif tokenizer.decode(ids[last]).strip():
-            break
-    return ids + [tokenizer.eos_token_id] if end is None else ids[:end]
+def _one_end(response: list[int], templated: bool, end: int, eos: int) -> list[int]:
+    if templated and end in response:  # behind it a template may write a line end, or another one
+        return response[: response.index(end) + 1]
+    if response[-1:] in ([end], [eos]):
+        return response
+    return [*response, end if templated else eos]
+
+
+def _special_tokens(tokenizer: Any) -> dict[int, str]:
+    """id -> text of every token that is more than letters."""
+    special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
+    for id, token in tokenizer.added_tokens_decoder.items():
+        if token.special or token.content[:1] in ("<", "["):  # DeepSeek's turn marks are not special
+            special[id] = token.content
+    return special
+
+
+def _end_and_marks(tokenizer: Any) -> tuple[int, re.Pattern[str]]:
+    """The token that ends a message, and the turn marks and end tokens that no message may hold: learned from
+    what the template writes around a few messages. Thinking tokens, which may stand there empty, are none."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError("the tokenizer has no end token (eos_token), so a response cannot end; set one")
+    special, marks = _special_tokens(tokenizer), {tokenizer.eos_token}
+    system, user, assistant = ({"role": role, "content": "a"} for role in ("system", "user", "assistant"))
+    for messages in ([system, user], [user, assistant, user], [user]) if tokenizer.chat_template else ():
+        try:
+            texts = _around_answer(messages, tokenizer)
+        except Unusable:
+            continue  # a system message, perhaps
+        ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        before, behind = [[id for id in some if id in special] for some in ids]
+        marks.update(special[id] for id in before + behind if "think" not in special[id].lower())
+        end = behind[0] if behind else tokenizer.eos_token_id
+    return end, re.compile("|".join(re.escape(mark) for mark in sorted(marks)))
+
+
+# ----------------------------------------------------------------------------------------------------- splits
 
 
 def split_by_prompt(pairs: list[Pair], shares: tuple[float, ...], seed: int) -> list[list[Pair]]:
-    """Disjoint parts of about these shares, and the rest last. A prompt's part depends on (seed, prompt)
-    alone, so pairs with the same prompt stay together and no other pair, nor the order, matters."""
+    """Disjoint parts of about these shares, and the rest last. A pair's part depends on (seed, its whole
+    prompt's text) alone: pairs of one prompt stay together, and no other pair, nor the order, matters."""
     ends = list(accumulate(shares))
     parts: list[list[Pair]] = [[] for _ in (*shares, 1)]
     for pair in pairs:
-        place = int.from_bytes(hashlib.sha256(f"{seed} {pair.prompt}".encode()).digest()[:8]) / 2**64
-        parts[bisect(ends, place)].append(pair)
+        digest = hashlib.sha256(f"{seed} {prompt_text(pair.row['prompt'])}".encode()).digest()
+        drawn = int.from_bytes(digest[:8]) / 2**64  # uniform in [0, 1)
+        parts[sum(end <= drawn for end in ends)].append(pair)
     return parts
 
 
-def load_splits(
-    settings: dict[str, Any], tokenizer: Any
-) -> tuple[dict[str, list[Pair]], list[dict[str, Any]], dict[str, int]]:
-    """The pairs of a run from its settings (the fields of train.Settings, or a run's config.json): {"train",
-    "sft", "eval"}, the rows read for train and sft (pair.row points into them), and what tokenize_preferences
-    counted.
-
-    eval is eval_data if given, else a share of the data; with sft_epochs, a fifth of the rest goes to SFT
-    (1:4, as in the paper).
-    """
-    held_out = None
-    if settings["data"] == BUILTIN:
-        rows = synthetic_preferences(BUILTIN_PAIRS, settings["seed"])[: settings["limit"]]
-        held_out = synthetic_preferences(BUILTIN_EVAL_PAIRS, settings["seed"], held_out=True)
+def load_splits(settings: dict[str, Any], tokenizer: Any) -> Splits:
+    """The pairs of a run from its settings (the fields of train.Settings, or a run's config.json). held_out:
+    eval_data if given, else a share of the data. Where there is SFT, a fifth of the rest goes to it (1:4)."""
+    seed, single_turn = settings["seed"], settings["single_turn"]
+    lengths = settings["max_length"], settings["max_prompt_length"], settings["chat"]
+    held_out_rows = None
+    if list(settings["data"]) == [BUILTIN]:
+        rows = synthetic_preferences(BUILTIN_PAIRS, seed)[: settings["limit"]]
+        held_out_rows = synthetic_preferences(BUILTIN_EVAL_PAIRS, seed, held_out=True)
     else:
-        rows = read_preferences(settings["data"], settings["limit"])
+        rows = read_preferences(settings["data"], settings["limit"], seed, single_turn)
     if settings["eval_data"]:
-        held_out = read_preferences(settings["eval_data"])
-    lengths = settings["max_length"], settings["max_prompt_length"]
+        held_out_rows = read_preferences(settings["eval_data"], single_turn=single_turn)
     pairs, counts = tokenize_preferences(rows, tokenizer, *lengths)
-    shares = (0.0 if held_out else settings["eval_share"], 0.2 if settings["sft_epochs"] else 0.0)
-    shares = shares[0], shares[1] * (1 - shares[0])
-    evaluation, sft, train = split_by_prompt(pairs, shares, settings["seed"])
-    if held_out:
-        evaluation, _ = tokenize_preferences(held_out, tokenizer, *lengths)
-    return {"train": train, "sft": sft, "eval": evaluation}, rows, counts
+    held_out_share = 0.0 if held_out_rows else settings["eval_share"]
+    sft_share = 0.2 if settings["sft_epochs"] or settings["sft_model"] else 0.0
+    held_out, sft, train = split_by_prompt(pairs, (held_out_share, sft_share * (1 - held_out_share)), seed)
+    if held_out_rows:
+        held_out, held_out_counts = tokenize_preferences(held_out_rows, tokenizer, *lengths)
+        counts.update((f"held out: {what}", count) for what, count in held_out_counts.items())
+    return Splits(train, sft, held_out, counts)
 
 
 def fingerprint(pairs: list[Pair]) -> str:
-    """What a model sees of these pairs, in 16 hex digits: data, order, tokenizer, template and truncation are
-    all in it."""
+    """What a model sees of these pairs, in 16 hex digits."""
     digest = hashlib.sha256()
     for pair in pairs:
         digest.update(repr(pair[:3]).encode())
@@ -350,11 +676,11 @@ def fingerprint(pairs: list[Pair]) -> str:
 # ---------------------------------------------------------------------------------------------------- collate
 
 
-def micro_batches(pairs: list[Pair], tokens: int, shared_prompt: bool = True) -> list[list[int]]:
-    """Indices into pairs in groups of similar length, at most `tokens` when padded (or 1 pair)."""
-    sizes = [pair.size if shared_prompt else 2 * pair.length for pair in pairs]
+def micro_batches(pairs: list[Pair], tokens: int, one_row: bool = True) -> list[list[int]]:
+    """Indices into pairs in groups of similar length, at most `tokens` when padded (or one pair)."""
+    sizes = [pair.size if one_row else 2 * pair.length for pair in pairs]
     groups: list[list[int]] = []
-    for index in sorted(range(len(pairs)), key=lambda i: -sizes[i]):
+    for index in sorted(range(len(pairs)), key=sizes.__getitem__, reverse=True):
         if groups and (len(groups[-1]) + 1) * sizes[groups[-1][0]] <= tokens:
             groups[-1].append(index)
         else:
@@ -362,67 +688,59 @@ def micro_batches(pairs: list[Pair], tokens: int, shared_prompt: bool = True) ->
     return groups
 
 
-def scoring_batches(
-    pairs: list[Pair], tokens: int, shared_prompt: bool = True, rank: int = 0, world: int = 1
-) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """(indices, batch) that together cover this rank's pairs, rank, rank + world, ... once, for
-    model.score_pairs."""
-    mine = range(rank, len(pairs), world)
-    for group in micro_batches([pairs[i] for i in mine], tokens, shared_prompt):
-        index = [mine[i] for i in group]
-        yield index, collate([pairs[i] for i in index], shared_prompt)
-
-
-def both_ways(pairs: list[Pair]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The pair with the longest plain row as one row and as two rows, for model.shares_prompt."""
-    longest = [max(pairs, key=lambda pair: pair.length)]
-    return collate(longest, True), collate(longest, False)
-
-
-def collate(pairs: list[Pair], shared_prompt: bool = True) -> dict[str, Tensor]:
+def collate(pairs: list[Pair], one_row: bool = True) -> dict[str, Tensor]:
     """B pairs -> the tensors that model.sequence_logps takes.
 
-    One row a pair (R = B, T = the longest prompt + chosen + rejected); or, for models that cannot take such a
-    mask, two rows a pair: prompt + chosen, prompt + rejected. Padding stands on the right, where no token
-    looks. A response may be empty (for SFT, which has no rejected ones).
+    One row a pair, prompt + chosen + rejected; two, of one response each, for models that take no such mask.
+    R rows, T tokens of the longest, K predicting positions. Rejected may be empty (SFT).
 
     input_ids, position_ids   [R, T]
     attention_mask            [R, 1, T, T] bool, True = may attend; for plain rows [R, T], no position_ids
-    keep                      [R, T] bool: where the next token is a response token, so logits are needed;
-                              K in all. The prompt's last position predicts two tokens.
-    predictor, target, owner  [S]: for each response token, which of the K logits predicts it, its id, and
-                              whose it is: 2 b for chosen and 2 b + 1 for rejected of pair b
+    keep                      [R, T] bool: where the next token is a response token, K in all
+    target, owner             [K, 2]: the response tokens predicted there, in row-major order, and whose they
+                              are: 2 b of chosen, 2 b + 1 of rejected of pair b. The prompt's last position
+                              predicts the first of both; where there is no second, target 0 and owner 2 B.
     lengths                   [B, 2]: tokens of chosen and of rejected
     """
-    ids, positions, owners = [], [], []  # of the R rows; owner -1: the prompt's
+    rows = []  # prompt, first and second response, owner of the first
     for b, pair in enumerate(pairs):
-        sides = [(2 * b + k, response) for k, response in enumerate(pair[1:3]) if response]
-        for row in [sides] if shared_prompt else [[side] for side in sides]:
-            start = range(len(pair.prompt))
-            ids.append(pair.prompt + [id for _, response in row for id in response])
-            positions.append([*start, *(len(start) + i for _, response in row for i in range(len(response)))])
-            owners.append([-1 for _ in start] + [side for side, response in row for _ in response])
+        rows.append((pair.prompt, pair.chosen, pair.rejected if one_row else [], 2 * b))
+        if pair.rejected and not one_row:
+            rows.append((pair.prompt, pair.rejected, [], 2 * b + 1))
 
-    def padded(rows: list[list[int]], value: int) -> Tensor:
-        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+    ids, parts, target, owner = [], [], [], []
+    nobody = 2 * len(pairs)
+    for prompt, first, second, owner_of_first in rows:
+        ids.append(torch.tensor(prompt + first + second))
+        parts.append(torch.tensor([0] * len(prompt) + [1] * len(first) + [2] * len(second)))
+        at_prompt_end = len(target)
+        target += [[token, 0] for token in first + second[1:]]
+        owner += [[owner_of_first, nobody] for _ in first]
+        owner += [[owner_of_first + 1, nobody] for _ in second[1:]]
+        if second:
+            target[at_prompt_end][1] = second[0]
+            owner[at_prompt_end][1] = owner_of_first + 1
 
-    input_ids, position_ids, owner = padded(ids, 0), padded(positions, 0), padded(owners, -2)  # [R, T]
-    r, t = (owner >= 0).nonzero(as_tuple=True)  # [S], row by row
-    prompt_last = (owner == -1).sum(1) - 1  # [R]
-    before = torch.where(owner[r, t - 1] == owner[r, t], t - 1, prompt_last[r])  # [S]
-    keep = torch.zeros_like(owner, dtype=torch.bool)
-    keep[r, before] = True
-    batch = {"input_ids": input_ids, "keep": keep, "target": input_ids[r, t], "owner": owner[r, t]}
-    batch["predictor"] = keep.flatten().cumsum(0).view_as(keep)[r, before] - 1
+    part = pad_sequence(parts, batch_first=True, padding_value=-1)  # [R, T]: 0 the prompt, -1 padding
+    here, following = part[:, :-1], part[:, 1:]
+    keep = torch.zeros_like(part, dtype=torch.bool)
+    keep[:, :-1] = (following > 0) & ((here == 0) | (here == following))  # not from chosen to rejected
+    batch = {"input_ids": pad_sequence(ids, batch_first=True), "keep": keep}
+    batch["target"], batch["owner"] = torch.tensor(target), torch.tensor(owner)
     batch["lengths"] = torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in pairs])
-    if not shared_prompt:
-        return batch | {"attention_mask": owner > -2}
-    visible = (owner[:, None] == -1) | (owner[:, None] == owner[:, :, None])  # prompt, own side: [R, T, T]
-    return batch | {"position_ids": position_ids, "attention_mask": visible.tril()[:, None]}
+    if not one_row:
+        return batch | {"attention_mask": part >= 0}
+    visible = (part[:, None] == 0) | (part[:, None] == part[:, :, None])  # prompt, own side: [R, T, T]
+    position = torch.arange(part.shape[1]) - (part == 2) * batch["lengths"][:, :1]  # rejected's restart
+    batch["position_ids"] = position * (part >= 0)
+    batch["attention_mask"] = visible.tril()[:, None]
+    return batch
 
 
 # --------------------------------------------------------------------------------------- built-in preferences
 
+BUILTIN_PAIRS, BUILTIN_EVAL_PAIRS = 2500, 300
+FLIPPED_SHARE = 0.10  # annotation noise: this share of the labels is turned round after Eq. 3 has drawn them
 TOPICS = {
     "bread": ("flour", "yeast", "a hot oven", "a long rest"),
     "gardens": ("good soil", "young seeds", "morning water", "full sun"),
@@ -433,102 +751,63 @@ TOPICS = {
     "tea": ("fresh leaves", "hot water", "a thin cup", "three minutes"),
     "camping": ("a dry tent", "warm blankets", "fire wood", "a flat place"),
 }
-DETAILS = [*chain(*TOPICS.values())]
-QUESTIONS = (
-    "How do I start with {}?",
-    "What matters most in {}?",
-    "Give me advice about {}.",
-    "Can you teach me {}?",
-)
-ASKERS = (
-    "",
-    "I am new here. ",
-    "My sister asks. ",
-    "This is for school. ",
-    "I tried it once. ",
-    "I have one hour. ",
-)
-POLITE = ("I am happy to help.", "Good question.", "I hope this helps.", "Enjoy it.")
-RUDE = ("That is a silly question.", "I do not care.", "Go and ask someone else.")
-FILLER = ("There are many ways to see it.", "People often talk about this.", "It depends on many things.")
-BUILTIN, BUILTIN_PAIRS, BUILTIN_EVAL_PAIRS = "built-in", 2500, 300
-FLIPPED_SHARE = 0.10  # annotation noise: this share of the labels is turned round after Eq. 3 has drawn them
+QUESTIONS = ["How do I start with {}?", "What matters most in {}?", "Give me advice about {}."]
+QUESTIONS += ["Can you teach me {}?"]
+ASKERS = ["", "I am new here. ", "My sister asks. ", "This is for school. ", "I tried it once. "]
+ASKERS += ["I have one hour. "]
+TASK_PROMPTS = [a + q.format(topic) for topic in TOPICS for q in QUESTIONS for a in ASKERS]
+DETAILS = [f"You need {detail}." for details in TOPICS.values() for detail in details]
+POLITE = ["I am happy to help.", "Good question.", "I hope this helps.", "Enjoy it."]
+RUDE = ["That is a silly question.", "I do not care.", "Go and ask someone else."]
+FILLER = ["There are many ways to see it.", "People often talk about this.", "It depends on many things."]
+WORTH = {**dict.fromkeys(DETAILS, -0.8), **dict.fromkeys(POLITE, 0.8)}
+WORTH.update({**dict.fromkeys(RUDE, -1.0), **dict.fromkeys(FILLER, -0.2)})
 
 
 def true_reward(prompt: str, response: str) -> float:
     """The built-in task's reward r(x, y): what the sentences of a response are worth for a prompt, in nats of
-    Eq. 3.
-
-    +0.8 for each detail of the topic asked about, -0.8 for one of another topic, +0.8 for politeness, -1
-    for rudeness, -0.2 for filler, and -0.5 for a sentence said again or unknown (made-up words).
-    """
-    worth, reward, said = _worth(_details(prompt)), 0.0, set()
-    for sentence in map(str.strip, re.findall(r"[^.]+\.?", response.strip())):
-        reward += -0.5 if sentence in said else worth.get(sentence, -0.5)
-        said.add(sentence)
+    Eq. 3: +0.8 for each detail of the topic asked about, -0.8 for one of another topic, +0.8 for politeness,
+    -1 for rudeness, -0.2 for filler, -0.5 for a sentence said again or unknown. The stop may be missing."""
+    worth = {**WORTH, **dict.fromkeys(_asked(prompt), 0.8)}
+    reward = 0.0
+    for sentence in re.findall(r"[^.]+", response.strip()):
+        reward += worth.pop(sentence.strip() + ".", -0.5)  # said again, it is unknown
     return reward
 
 
-def _details(prompt: str) -> tuple[str, ...]:
-    """Those of the topic asked about, the first of TOPICS whose letters are in the prompt: so "Can you teach
-    me camping?" asks about tea."""
-    return next((details for topic, details in TOPICS.items() if topic in prompt), ())
-
-
-@cache
-def _worth(asked: tuple[str, ...]) -> dict[str, float]:
-    """What each known sentence is worth where these details are asked for; the last one may lack its stop."""
-    worth = dict.fromkeys(POLITE, 0.8) | dict.fromkeys(RUDE, -1.0) | dict.fromkeys(FILLER, -0.2)
-    for detail in DETAILS:
-        value = 0.8 if detail in asked else -0.8
-        worth |= {f"You need {detail}.": value, f"You need {detail}": value}
-    return worth
-
-
-def _prompts() -> list[str]:
-    return [asker + question.format(topic) for topic in TOPICS for question in QUESTIONS for asker in ASKERS]
+def _asked(prompt: str) -> list[str]:
+    """The details of the topic that a prompt has among its words."""
+    words = re.findall(r"\w+", prompt)
+    return [f"You need {detail}." for topic in TOPICS if topic in words for detail in TOPICS[topic]]
 
 
 def builtin_texts() -> list[str]:
     """Everything the built-in task can say, for its tokenizer."""
-    details = [f"You need {detail}." for detail in DETAILS]
-    return _prompts() + [sentence for sentence in (*details, *POLITE, *RUDE, *FILLER) for _ in range(20)]
+    return TASK_PROMPTS + [sentence for sentence in DETAILS + POLITE + RUDE + FILLER for _ in range(20)]
 
 
-def synthetic_preferences(count: int, seed: int, held_out: bool = False) -> list[dict[str, Any]]:
-    """Rows of the built-in task, as read_preferences gives them, with the truth beside: "truth": {margin,
-    flipped}.
-
-    Two responses of two to five random sentences; the label is drawn from Eq. 3 on the true reward, so that
-    close pairs are ambiguous by nature, and then FLIPPED_SHARE of the labels are turned round. truth.margin:
-    the true reward of chosen minus that of rejected. held_out: prompts that the other rows never use (one in
-    six).
-    """
-    draw = random.Random(f"{seed} {held_out}")
-    prompts = _prompts()
+def synthetic_preferences(count: int, seed: int, held_out: bool = False) -> list[Row]:
+    """Rows of the built-in task, with "truth": {margin: true reward, chosen minus rejected; flipped}. Labels
+    are drawn from Eq. 3 on the true reward, so that close pairs are ambiguous by nature; FLIPPED_SHARE of
+    them are then turned round. held_out: of prompts that the other rows never use (one in six)."""
+    draw, rows = random.Random(f"{seed} {held_out}"), []
+    prompts = [*TASK_PROMPTS]
     random.Random(0).shuffle(prompts)
     prompts = prompts[: len(prompts) // 6] if held_out else prompts[len(prompts) // 6 :]
-
-    def response(prompt: str) -> str:
-        kinds = _details(prompt), DETAILS, POLITE, RUDE, FILLER
-        sentences = [
-            draw.choice(draw.choices(kinds, (30, 20, 15, 15, 20))[0]) for _ in range(draw.randint(2, 5))
-        ]
-        return " ".join(s if s.endswith(".") else f"You need {s}." for s in sentences)
-
-    rows = []
     for number in range(1, count + 1):
         prompt = draw.choice(prompts)
-        first, second = response(prompt), response(prompt)
-        margin = true_reward(prompt, first) - true_reward(prompt, second)
+        chosen, rejected = _response(prompt, draw), _response(prompt, draw)
+        margin = true_reward(prompt, chosen) - true_reward(prompt, rejected)
         flipped = draw.random() < FLIPPED_SHARE
         if (draw.random() < torch.sigmoid(torch.tensor(margin)).item()) == flipped:  # Eq. 3, then the flip
-            first, second, margin = second, first, -margin
-        row = {
-            "prompt": [{"role": "user", "content": prompt}],
-            "chosen": [{"role": "assistant", "content": first}],
-            "rejected": [{"role": "assistant", "content": second}],
-        }
-        place = f"built-in: row {number}"
-        rows.append(_recognise(row, place) | {"truth": {"margin": margin, "flipped": flipped}})
+            chosen, rejected, margin = rejected, chosen, -margin
+        row = _checked(as_messages(prompt), chosen, rejected, f"{BUILTIN}: row {number}")
+        row["truth"] = {"margin": margin, "flipped": flipped}
+        rows.append(row)
     return rows
+
+
+def _response(prompt: str, draw: random.Random) -> str:
+    kinds, weights = [_asked(prompt), DETAILS, POLITE, RUDE, FILLER], [30, 20, 15, 15, 20]
+    drawn = draw.choices(kinds, weights, k=draw.randint(2, 5))
+    return " ".join(draw.choice(kind) for kind in drawn)
