@@ -1,0 +1,473 @@
+"""Print every table of the study as Markdown, from results.json.
+
+    python .study/tables.py                      # all tables
+    python .study/tables.py --against low        # gains over another arm than plain training
+    python .study/tables.py --check              # the sums, on made-up results with known answers
+
+Behind a mean, +- is its standard error over seeds. Behind a gain, it is half of the 95 % interval of the mean
+difference to plain training of the same seed (Student's t); gains whose interval excludes 0 are bold.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+RESULTS = Path(__file__).parent / "results.json"
+Row = dict[str, Any]
+Measure = Callable[[Row], float | None]
+NAMES = {"dpo": "DPO", "simpo": "SimPO", "dpo-0.1": "DPO, β = 0.1", "hh": "HH"}
+TABLE_ARMS = {
+    "plain": "Rnd-Var: plain (the proxy)",
+    "low": "Low-Var",
+    "high": "High-Var",
+    "random+filter": "Rnd-Var + Filter",
+    "random+reg": "Rnd-Var + Reg",
+    "random-rmo": "Rnd-RMO",
+    "high+filter": "High-Var + Filter",
+    "high+reg": "High-Var + Reg",
+    "rmo": "RMO",
+}
+CONTROLS = {
+    "plain-twice": "plain, twice the epochs: as many steps as proxy and RMO together",
+    "plain-fast": "plain, twice the learning rate",
+    "rmo-step1": "RMO without step 2",
+    "rmo-low": "RMO on Low-Var batches",
+    "rmo-policy": "RMO, batches by the policy's margins: Algorithm 1 to the letter",
+}
+FILTERS = {
+    "rmo": "RMO",
+    "rmo-length_free": "margins minus their fit on length",
+    "rmo-relative": "margins relative to the base",
+    "rmo-relative_length_free": "both",
+    "rmo-per_token": "means over tokens",
+    "rmo-printed": "Eq. 8 as printed",
+    "rmo-oracle": "the mislabelled pairs removed",
+    "rmo-thinned": "as many pairs removed at random",
+}
+LABELS = {
+    "step1": "step 1 as in the paper, the objective's own proxy",
+    "step1-crossfit": "the same, cross-fitted",
+    "relative": "every pair whose margin falls, own proxy",
+    "relative-crossfit": "the same, cross-fitted",
+    "dpo-relative": "every pair whose margin falls by a DPO proxy at β = 1",
+    "dpo-relative-crossfit": "the same, cross-fitted",
+    "dpo-agree": "where the own proxy and the cross-fitted DPO proxy agree",
+    "dpo-lowest": "the 12 % whose margin fell most, DPO proxy",
+    "dpo-lowest-crossfit": "the same, cross-fitted",
+}
+
+
+class Mean(NamedTuple):
+    value: float
+    error: float | None  # standard error; None of one seed
+    seeds: int
+
+
+class Gain(NamedTuple):
+    value: float
+    half: float | None  # half of the 95 % interval; None of one seed
+    seeds: int
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+
+
+def t975(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t; from 10 on by its series (Abramowitz and Stegun, 26.7.5)."""
+    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+    if freedom < 10:
+        return table[freedom - 1]
+    return 1.95996 + 2.37227 / freedom + 2.8225 / freedom**2 + 2.5559 / freedom**3
+
+
+def mean_of(values: list[float]) -> Mean | None:
+    if not values:
+        return None
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return Mean(fmean(values), error, len(values))
+
+
+def gain_of(pairs: list[tuple[float, float]]) -> Gain | None:
+    """Of (before, after), one a seed."""
+    mean = mean_of([after - before for before, after in pairs])
+    if mean is None:
+        return None
+    half = None if mean.error is None else t975(mean.seeds - 1) * mean.error
+    return Gain(mean.value, half, mean.seeds)
+
+
+class Study(NamedTuple):
+    rows: list[Row]
+    against: str = "plain"
+
+    def values(self, family: str, arm: str, measure: Measure) -> dict[int, float]:
+        """By seed."""
+        found = {}
+        for row in self.rows:
+            if (row["family"], row["arm"]) == (family, arm) and measure(row) is not None:
+                found[row["seed"]] = measure(row)
+        return found
+
+    def mean(self, family: str, arm: str, measure: Measure) -> Mean | None:
+        return mean_of(list(self.values(family, arm, measure).values()))
+
+    def gain(self, family: str, arm: str, measure: Measure) -> Gain | None:
+        """Over the arm that the study is against, on the seeds that both have."""
+        before = self.values(family, self.against, measure)
+        after = self.values(family, arm, measure)
+        if arm == self.against:
+            return None
+        return gain_of([(before[seed], after[seed]) for seed in sorted(before) if seed in after])
+
+    def most_seeds(self, family: str) -> int:
+        return len(self.values(family, self.against, rate))
+
+
+# --------------------------------------------------------------------------------------------------- measures
+
+
+def wins(row: Row) -> Row:
+    """Of the one judge that a run has; {} if it has none."""
+    return next(iter(row.get("wins", {}).values()), {})
+
+
+def rate(row: Row) -> float | None:
+    return wins(row).get("rate")
+
+
+def controlled(row: Row) -> float | None:
+    return wins(row).get("controlled")
+
+
+def length(row: Row) -> float | None:
+    return wins(row).get("length")
+
+
+def variance(row: Row) -> float | None:
+    return row.get("policy", {}).get("variance")
+
+
+def margin(row: Row) -> float | None:
+    return row.get("policy", {}).get("mean")
+
+
+def accuracy(row: Row) -> float | None:
+    return row.get("policy", {}).get("accuracy")
+
+
+def reward_accuracy(row: Row) -> float | None:
+    return row.get("policy", {}).get("reward_accuracy")
+
+
+def weight(row: Row) -> float | None:
+    return row.get("constants", {}).get("lambda")
+
+
+def ratio(row: Row) -> float | None:
+    return row.get("filter", {}).get("ratio")
+
+
+def beta_sd(row: Row) -> float | None:
+    sd = row.get("constants", {}).get("sd")
+    return None if sd is None else row["beta"] * sd
+
+
+def minutes(row: Row) -> float | None:
+    return row["seconds"] / 60 if "seconds" in row else None
+
+
+def judge_accuracy(row: Row) -> float | None:
+    return row.get("judge_accuracy")
+
+
+def inside(what: str, part: str, key: str) -> Measure:
+    """The measure row[what][part][key]."""
+
+    def measure(row: Row) -> float | None:
+        return row.get(what, {}).get(part, {}).get(key)
+
+    return measure
+
+
+# ----------------------------------------------------------------------------------------------------- tables
+
+
+def digits(value: float) -> int:
+    if abs(value) >= 1000:
+        return 0
+    return 1 if abs(value) >= 1 else 2
+
+
+def mean_cell(mean: Mean | None) -> str:
+    if mean is None:
+        return "-"
+    places = digits(mean.value)
+    error = "" if mean.error is None else f" ± {mean.error:,.{places}f}"
+    return f"{mean.value:,.{places}f}{error}"
+
+
+def gain_cell(gain: Gain | None, seeds: int) -> str:
+    """In points; bold if its interval excludes 0. The number of seeds is named where some are missing."""
+    if gain is None:
+        return ""
+    text = f"{gain.value:+.1f}".replace("-", "−")
+    if gain.half is not None:
+        text += f" ± {gain.half:.1f}"
+        if abs(gain.value) > gain.half:
+            text = f"**{text}**"
+    if gain.seeds < seeds:
+        text += f" (seeds: {gain.seeds})"
+    return text
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def section(title: str, header: list[str], rows: list[list[str]], note: str = "") -> str:
+    """A table under its title; rows without any result are left out, and a table of none says so."""
+    rows = [row for row in rows if any(cell not in ("", "-") for cell in row[1:])]
+    body = markdown(header, rows) if rows else "No rows yet."
+    return f"## {title}\n\n{body}\n" + (f"\n{note}\n" if note and rows else "")
+
+
+def seeds_of(study: Study, families: list[str]) -> str:
+    parts = []
+    for family in families:
+        seeds = sorted(study.values(family, "plain", rate))
+        if seeds:
+            parts.append(f"{NAMES[family]}: seeds {', '.join(map(str, seeds))}")
+    return "; ".join(parts) + "."
+
+
+def main_table(study: Study) -> str:
+    families = ["dpo", "simpo"]
+    header = ["arm"]
+    for family in families:
+        header += [f"{NAMES[family]}: win rate %", "at equal lengths %", "gain", "gain at equal lengths"]
+    rows = []
+    for arm, name in TABLE_ARMS.items():
+        cells = [name]
+        for family in families:
+            most = study.most_seeds(family)
+            cells.append(mean_cell(study.mean(family, arm, rate)))
+            cells.append(mean_cell(study.mean(family, arm, controlled)))
+            cells.append(gain_cell(study.gain(family, arm, rate), most))
+            cells.append(gain_cell(study.gain(family, arm, controlled), most))
+        rows.append(cells)
+    return section("Tables 1, 2 and 4", header, rows, seeds_of(study, families))
+
+
+def gains_table(study: Study, title: str, arms: dict[str, str], families: list[str]) -> str:
+    """Gains in win rate, a column a family."""
+    header = [f"gain in win rate over {study.against}", *[NAMES[family] for family in families]]
+    rows = []
+    for arm, name in arms.items():
+        gains = [gain_cell(study.gain(f, arm, rate), study.most_seeds(f)) for f in families]
+        rows.append([name, *gains])
+    return section(title, header, rows)
+
+
+def arms_named(study: Study, family: str, beginning: str) -> list[str]:
+    """Arms whose name is this and a number, by the number."""
+    arms = {row["arm"] for row in study.rows if row["family"] == family and row["arm"].startswith(beginning)}
+    return sorted(arms, key=lambda arm: float(arm.removeprefix(beginning)))
+
+
+def lambda_curve(study: Study, family: str) -> str:
+    """Figure 4: lambda on High-Var + Filter, so that 0 is that arm, and RMO by default."""
+    header = ["λ", "gain in win rate", "at equal lengths", "held-out margin (nats)", "accuracy %"]
+    header += ["reward accuracy %"]
+    rows = []
+    for arm in ["high+filter", *arms_named(study, family, "lambda"), "rmo"]:
+        most = study.most_seeds(family)
+        name = {"high+filter": "0", "rmo": "default"}.get(arm, arm.removeprefix("lambda"))
+        if arm == "rmo":
+            name += f", {mean_cell(study.mean(family, arm, weight))}"
+        cells = [name, gain_cell(study.gain(family, arm, rate), most)]
+        cells.append(gain_cell(study.gain(family, arm, controlled), most))
+        cells += [mean_cell(study.mean(family, arm, one)) for one in (margin, accuracy, reward_accuracy)]
+        rows.append(cells)
+    return section(f"Figure 4: by λ, {NAMES[family]}", header, rows)
+
+
+def ratio_curve(study: Study, family: str) -> str:
+    """Figure 5: the filter ratio on High-Var + Reg, so that 0 is that arm; step 1 alone; RMO by default."""
+    header = ["filter ratio", "removed %", "gain in win rate", "at equal lengths"]
+    rows = []
+    for arm in ["high+reg", "rmo-step1", *arms_named(study, family, "ratio"), "rmo"]:
+        most = study.most_seeds(family)
+        name = {"high+reg": "0", "rmo-step1": "step 1 alone", "rmo": "default"}.get(arm)
+        name = name or f"{100 * float(arm.removeprefix('ratio')):.0f} %"
+        cells = [name, mean_cell(study.mean(family, arm, ratio))]
+        cells.append(gain_cell(study.gain(family, arm, rate), most))
+        cells.append(gain_cell(study.gain(family, arm, controlled), most))
+        rows.append(cells)
+    note = "A ratio below what step 1 alone removes is refused: the seeds named are those where it was not."
+    return section(f"Figure 5: by filter ratio, {NAMES[family]}", header, rows, note)
+
+
+def filter_table(study: Study) -> str:
+    """What the filter removes, for the arms that show it: RMO's own and the relative one."""
+    header = ["means over seeds", "step 1", "step 2", "kept", "all"]
+    what = {
+        "share": "share of the pairs (%)",
+        "longer": "chosen longer than rejected by (tokens)",
+        "mislabelled": "truly mislabelled (%)",
+    }
+    rows = []
+    shown = [("dpo", "rmo"), ("simpo", "rmo"), ("dpo-0.1", "rmo"), ("hh", "rmo")]
+    shown += [("dpo", "rmo-relative"), ("simpo", "rmo-relative")]
+    for family, arm in shown:
+        for key, text in what.items():
+            cells = [f"{NAMES[family]}, {arm}: {text}"]
+            for part in ("step1", "step2", "kept", "all"):
+                cells.append(mean_cell(study.mean(family, arm, inside("filter", part, key))))
+            rows.append(cells)
+    return section("What the filter removes", header, rows)
+
+
+def table_3(study: Study) -> str:
+    header = ["RMO's training pairs, margins by the proxy", "Low-Var", "Rnd-Var", "High-Var"]
+    rows = []
+    for family in ("dpo", "simpo", "hh"):
+        for key, text in (("variance", "variance in a batch"), ("bound", "% of the bound")):
+            cells = [f"{NAMES[family]}: {text}"]
+            for name in ("low", "random", "high"):
+                cells.append(mean_cell(study.mean(family, "rmo", inside("partitions", name, key))))
+            rows.append(cells)
+    return section("Table 3", header, rows)
+
+
+def small_beta_table(study: Study) -> str:
+    header = ["DPO, β = 0.1", "win rate %", "gain", "variance of held-out margins (nats²)"]
+    header += ["characters of a response", "β · sd"]
+    rows = []
+    for arm, name in {**TABLE_ARMS, **FILTERS}.items():
+        cells = [name, mean_cell(study.mean("dpo-0.1", arm, rate))]
+        cells.append(gain_cell(study.gain("dpo-0.1", arm, rate), study.most_seeds("dpo-0.1")))
+        cells += [mean_cell(study.mean("dpo-0.1", arm, one)) for one in (variance, length, beta_sd)]
+        rows.append(cells)
+    return section("Small β · sd", header, rows, seeds_of(study, ["dpo-0.1"]))
+
+
+def beta_table(study: Study) -> str:
+    header = ["", "β · sd of the proxy's margins"]
+    rows = [[NAMES[f], mean_cell(study.mean(f, "rmo", beta_sd))] for f in ("dpo", "simpo", "dpo-0.1", "hh")]
+    return section("How firmly β holds the policy", header, rows)
+
+
+def hh_tables(study: Study) -> str:
+    header = ["HH", "win rate %", "at equal lengths %", "gain", "gain at equal lengths", "characters"]
+    rows = []
+    for arm, name in TABLE_ARMS.items():
+        cells = [name, mean_cell(study.mean("hh", arm, rate)), mean_cell(study.mean("hh", arm, controlled))]
+        cells.append(gain_cell(study.gain("hh", arm, rate), study.most_seeds("hh")))
+        cells.append(gain_cell(study.gain("hh", arm, controlled), study.most_seeds("hh")))
+        cells.append(mean_cell(study.mean("hh", arm, length)))
+        rows.append(cells)
+    right = mean_cell(study.mean("hh", "plain", judge_accuracy))
+    first = section("HH", header, rows, f"The judge is right on {right} % of the labels.")
+
+    arms = [arm for arm in TABLE_ARMS if study.values("hh", arm, rate)]
+    by_seed = []
+    for seed, right in study.values("hh", "plain", judge_accuracy).items():
+        rates = [study.values("hh", arm, rate).get(seed) for arm in arms]
+        cells = ["-" if value is None else f"{value:.1f}" for value in rates]
+        by_seed.append([str(seed), f"{right:.1f}", *cells])
+    header = ["seed", "judge right on %", *[TABLE_ARMS[arm] for arm in arms]]
+    return first + "\n" + section("HH, win rates by seed", header, by_seed)
+
+
+def time_table(study: Study) -> str:
+    header = ["minutes a run, with its report", *NAMES.values()]
+    rows = []
+    for arm in dict.fromkeys(row["arm"] for row in study.rows):
+        rows.append([arm, *[mean_cell(study.mean(family, arm, minutes)) for family in NAMES]])
+    return section("Run times", header, rows)
+
+
+def all_tables(study: Study) -> str:
+    families = ["dpo", "simpo", "dpo-0.1"]
+    tables = [
+        main_table(study),
+        gains_table(study, "Controls", CONTROLS, ["dpo", "simpo"]),
+        lambda_curve(study, "dpo"),
+        lambda_curve(study, "simpo"),
+        ratio_curve(study, "dpo"),
+        ratio_curve(study, "simpo"),
+        filter_table(study),
+        table_3(study),
+        gains_table(study, "RMO with another filter", FILTERS, families),
+        gains_table(study, "Step 1 alone, by other proxies and rules", LABELS, families),
+        beta_table(study),
+        small_beta_table(study),
+        hh_tables(study),
+        time_table(study),
+    ]
+    return "\n".join(tables)
+
+
+# ------------------------------------------------------------------------------------------------------ check
+
+
+def made_up() -> list[Row]:
+    """Three seeds: RMO gains 3, 2 and 4 points over plain, Low-Var 1, -1 and 0; High-Var has one seed, -1."""
+    rates = {"plain": [60, 62, 64], "rmo": [63, 64, 68], "low": [61, 61, 64], "high": [59]}
+    rows = []
+    for arm, values in rates.items():
+        for seed, value in enumerate(values, start=30):
+            wins = {"true reward": {"rate": value, "controlled": value - 1, "length": 70}}
+            row = {"family": "dpo", "arm": arm, "seed": seed, "wins": wins, "beta": 1.0, "seconds": 30}
+            row["constants"] = {"sd": 7.5, "lambda": 1.2}
+            row["policy"] = {"mean": 2.0, "variance": 93.0, "accuracy": 70.0, "reward_accuracy": 80.0}
+            if arm == "rmo":
+                part = {"share": 6.0 + seed - 31, "longer": -1.5, "mislabelled": 70.0}
+                row["filter"] = {"ratio": 14.0, "step1": part, "step2": {"share": 0.0}}
+                row["partitions"] = {"low": {"variance": 0.1, "bound": 0.1}}
+            rows.append(row)
+    return rows
+
+
+def check() -> None:
+    assert [round(t975(n), 2) for n in (1, 9, 10, 30)] == [12.71, 2.26, 2.23, 2.04]
+    study = Study(made_up())
+    # 3 points; standard deviation 1, so 4.303 / sqrt(3) = 2.48
+    assert gain_cell(study.gain("dpo", "rmo", rate), 3) == "**+3.0 ± 2.5**"
+    assert gain_cell(study.gain("dpo", "low", rate), 3) == "+0.0 ± 2.5"
+    assert gain_cell(study.gain("dpo", "high", rate), 3) == "−1.0 (seeds: 1)"
+    assert mean_cell(study.mean("dpo", "plain", rate)) == "62.0 ± 1.2"  # 2 / sqrt(3)
+    # over Low-Var: 2, 3 and 4
+    against_low = study._replace(against="low")
+    assert gain_cell(against_low.gain("dpo", "rmo", rate), 3) == "**+3.0 ± 2.5**"
+    assert "| Rnd-Var: plain (the proxy) | 62.0 ± 1.2 | 61.0 ± 1.2 |  |  | - | - |  |  |" in main_table(study)
+    assert "| RMO | 65.0 ± 1.5 | 64.0 ± 1.5 | **+3.0 ± 2.5** | **+3.0 ± 2.5** |" in main_table(study)
+    assert "| DPO, rmo: share of the pairs (%) | 6.0 ± 0.6 | 0.00 ± 0.00 | - | - |" in filter_table(study)
+    assert "| DPO: % of the bound | 0.10 ± 0.00 | - | - |" in table_3(study)
+    assert "| DPO | 7.5 ± 0.0 |" in beta_table(study)
+    assert "| default, 1.2 ± 0.0 | **+3.0 ± 2.5** |" in lambda_curve(study, "dpo")
+    assert "No rows yet." in hh_tables(study)
+    assert all_tables(Study([])).count("No rows yet.") == 15
+    print("tables.py: the sums are right")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="(default: .study/results.json)")
+    parser.add_argument("--against", default="plain", help="the arm that gains are over (default: plain)")
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    if args.check:
+        return check()
+    rows = json.loads(args.results.read_text(encoding="utf-8")) if args.results.is_file() else []
+    print(all_tables(Study(rows, args.against)))
+
+
+if __name__ == "__main__":
+    main()
