@@ -448,10 +448,11 @@ def partitions(run: Run) -> list[tuple[str, Estimate, Estimate, Tensor]]:
     makers = batching.low_variance_batches, batching.random_batches, batching.high_variance_batches
     rows = []
     for name, make in zip(("Low-Var", "Rnd-Var", "High-Var"), makers):
-        batches = margins[make(margins, m, draw)]  # [n, m]
-        variance = batches.var(1, unbiased=False).mean().item()
-        share = 100 * variance / margins.var(unbiased=False).item()
-        rows.append((name, Estimate(variance), Estimate(share), batches.mean(1)))
+        batches = make(margins, m, draw)  # [n, m]
+        total = batching.total_variance(margins, batches)  # Eq. 10
+        share = 100 * total / batching.variance_bound(margins, m)  # NaN where all margins are equal
+        variance = Estimate(total.item() / len(batches))
+        rows.append((name, variance, Estimate(share.item()), margins[batches].mean(1)))
     return rows
 
 
