@@ -696,10 +696,10 @@ def collate(pairs: list[Pair], one_row: bool = True) -> dict[str, Tensor]:
 
     input_ids, position_ids   [R, T]
     attention_mask            [R, 1, T, T] bool, True = may attend; for plain rows [R, T], no position_ids
-    keep                      [R, T] bool: where the next token is a response token, K in all
-    target, owner             [K, 2]: the response tokens predicted there, in row-major order, and whose they
-                              are: 2 b of chosen, 2 b + 1 of rejected of pair b. The prompt's last position
-                              predicts the first of both; where there is no second, target 0 and owner 2 B.
+    positions                 [K], in rows that follow one another: where the next token is a response token
+    target, owner             [K, 2]: the response tokens predicted there, and whose they are: 2 b of chosen,
+                              2 b + 1 of rejected of pair b. The prompt's last position predicts the first of
+                              both; where there is no second, target 0 and owner 2 B.
     lengths                   [B, 2]: tokens of chosen and of rejected
     """
     rows = []  # prompt, first and second response, owner of the first
@@ -725,7 +725,8 @@ def collate(pairs: list[Pair], one_row: bool = True) -> dict[str, Tensor]:
     here, following = part[:, :-1], part[:, 1:]
     keep = torch.zeros_like(part, dtype=torch.bool)
     keep[:, :-1] = (following > 0) & ((here == 0) | (here == following))  # not from chosen to rejected
-    batch = {"input_ids": pad_sequence(ids, batch_first=True), "keep": keep}
+    batch = {"input_ids": pad_sequence(ids, batch_first=True)}
+    batch["positions"] = keep.flatten().nonzero().flatten()
     batch["target"], batch["owner"] = torch.tensor(target), torch.tensor(owner)
     batch["lengths"] = torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in pairs])
     if not one_row:

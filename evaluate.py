@@ -270,16 +270,14 @@ def ask_endpoint(items: list[Item], args: Any, stored: Path) -> list[float | Non
             list(tqdm(pool.map(ask, missing), args.judge_model, len(missing), unit="question"))
         except (ValueError, KeyboardInterrupt) as error:
             pool.shutdown(cancel_futures=True)  # what is under way is paid for: it ends, and is stored
-            reason = str(error) or "stopped"
-            raise ValueError(f"{reason}; {stored} keeps the answers, the same command goes on") from None
+            rest = f"{stored} keeps the answers, the same command goes on"
+            raise ValueError(f"{str(error) or 'stopped'}; {rest}") from None
     verdicts = [read_verdict(answers[key]) for key in questions]
     unread = [answers[key] for key, verdict in zip(questions, verdicts) if verdict is None]
     hard = sum(not answers[key].get("logprobs") for key in questions)
     print(f"{args.judge_model}: {len(missing)} of {len(items)} asked now, {hard} without log-probabilities")
     if len(unread) > len(items) / 10:
-        print(
-            f"WARNING: {len(unread)} of {len(items)} answers are no verdict, such as {str(unread[0])[:300]}"
-        )
+        print(f"WARNING: {len(unread)} of {len(items)} are no verdict, such as {str(unread[0])[:300]}")
     return [3 - v if switch and v else v for v, switch in zip(verdicts, switched)]
 
 

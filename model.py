@@ -14,6 +14,8 @@ are float32 (bf16 autocast on CUDA), dropout is off. Only safetensors are read, 
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os.path import commonprefix  # of any sequences
 from pathlib import Path
 from typing import Any
@@ -242,10 +244,8 @@ def sequence_logps(
     if device.type == "cuda":  # so that the copy goes on while kernels are queued
         batch = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    with autocast(device, exact):
-        logits = model(**inputs, logits_to_keep=batch["keep"], use_cache=False).logits  # [K, V]
-    if logits.dim() == 3:
-        logits = logits[batch["keep"]]  # of a model that ignores logits_to_keep
+    with autocast(device, exact), head_at(model, batch["positions"]):
+        logits = model(**inputs, use_cache=False).logits  # [K, V]
     rows = max(1, LOGITS_AT_ONCE[device.type] // logits.shape[-1])
     logps = [
         checkpoint(token_logps, part, target, use_reentrant=False, preserve_rng_state=False)
@@ -256,6 +256,24 @@ def sequence_logps(
     sums = logps.new_zeros(lengths.numel() + 1).index_add(0, batch["owner"].flatten(), logps)
     scores = sums[:-1].view(-1, 2)  # [B, 2]; the last one is nobody's
     return scores / lengths if mean else scores
+
+
+@contextmanager
+def head_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Let the output head see some positions only, [R, T, D] -> [K, D]; every model has such a head.
+
+    transformers' logits_to_keep does so for a boolean mask, but waits for the GPU to count it.
+    """
+
+    def gather(head: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        return inputs[0].flatten(0, 1)[positions]
+
+    plain = getattr(model, "module", model)  # without DDP
+    hook = plain.get_output_embeddings().register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def token_logps(logits: Tensor, target: Tensor) -> Tensor:

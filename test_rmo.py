@@ -42,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn, tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -482,6 +483,94 @@ def test_one_row_a_pair_gives_the_naive_scores_and_gradients(kind, how):
             F.softplus(ours[:, 1] - ours[:, 0]).sum().backward()
         for weight, slope in zip(weights, wanted):
             assert torch.allclose(weight.grad, slope, rtol=1e-4, atol=1e-5)
+
+
+class Waits(TorchDispatchMode):
+    """Notes operations whose result's size or value the host has to know, for which it would wait for a GPU."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = [index for index in args[1] or () if index is not None] if name == "index" else []
+        if name.startswith(self.NAMES) or any(mask.dtype == torch.bool for mask in masks):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "qwen2", "gpt2"])
+def test_a_micro_batch_never_waits_for_the_device(kind):
+    model, batch = tiny(kind), data.collate(some_pairs())
+    settings = train.Settings()
+    with Waits() as waits:
+        scores = lm.sequence_logps(model, batch)
+        losses = train.objective(settings, scores, scores.detach())["loss"]
+        losses += loss.margin_amplification(scores[:, 0] - scores[:, 1], 0.0, 1.0, 1.0)
+        losses.sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert waits.seen == []
+    with Waits() as waits:  # the oracle of the oracle: a mask as transformers takes it does wait
+        model(batch["input_ids"], logits_to_keep=batch["input_ids"] > 5)
+    assert waits.seen == ["index"]
+
+
+LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8, "tie_word_embeddings": True, "head_dim": None}
+PAPERS_MODELS = {  # hidden size, intermediate size, layers, heads
+    "Llama-3.2-1B": (LlamaConfig, (2048, 8192, 16, 32), LLAMA_3),
+    "Llama-3.2-3B": (LlamaConfig, (3072, 8192, 28, 24), LLAMA_3),
+    "pythia-1.4b": (GPTNeoXConfig, (2048, 8192, 24, 16), {"vocab_size": 50304}),
+    "pythia-2.8b": (GPTNeoXConfig, (2560, 10240, 32, 32), {"vocab_size": 50304}),
+}
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def papers_model(name, **changes):
+    """One of the paper's models without its weights; they are never needed."""
+    kind, sizes, others = PAPERS_MODELS[name]
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(kind(**{**dict(zip(SIZES, sizes)), **others, **changes}))
+
+
+def bytes_kept(model, tokens):
+    """What the decoder keeps for its backward pass under bf16 autocast, beside weights and their copies."""
+    model.to_empty(device="cpu")
+    shapes = {shape for w in model.parameters() for shape in (tuple(w.shape), tuple(w.shape)[::-1])}
+    kept = {}
+
+    def pack(x):
+        if tuple(x.shape) not in shapes:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    third = [1] * (tokens // 3)
+    batch = data.collate([data.Pair(third, third, third, "", {})])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        states = model.base_model(**inputs, use_cache=False)  # while it lives, so does what was kept
+    del states
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("name", PAPERS_MODELS)
+def test_readmes_memory_of_the_papers_models(name):
+    """float32 weights, gradients, two moments, and a bf16 copy: 18 bytes a weight; frozen ones take 6."""
+    row = re.search(rf"^\| {name} \|.*$", (HERE / "README.md").read_text(), re.MULTILINE)[0]
+    parameters, everything, lora, activations, logits = map(float, re.findall(r"\| ([\d.]+)", row))
+    model, gib = papers_model(name), 2**30
+    count = model.num_parameters()
+    assert count / 1e9 == pytest.approx(parameters, abs=0.005)
+    assert 18 * count / gib == pytest.approx(everything, abs=0.06)
+    assert 4096 * model.config.vocab_size * 6 / gib == pytest.approx(logits, abs=0.06)
+    lm.add_lora(model, 8, 0)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert (6 * model.num_parameters() + 12 * trained) / gib == pytest.approx(lora, abs=0.06)
+    none, one = (bytes_kept(papers_model(name, num_hidden_layers=n, vocab_size=64), 24) for n in (0, 1))
+    layers = PAPERS_MODELS[name][1][2]
+    assert layers * (one - none) / 24 / 2**20 == pytest.approx(activations, rel=0.05)
 
 
 def plain_products():
@@ -1483,7 +1572,7 @@ def test_padding_is_known_by_length_even_if_pad_is_eos(tokenizer, tmp_path):
                     batch["target"][batch["owner"] == 2 * b + side].tolist() == response and response[-1] == 0
                 )
         assert (
-            batch["keep"].sum()
+            len(batch["positions"])
             == len(batch["target"])
             == sum(len(p.chosen) + len(p.rejected) - one_row for p in pairs)
         )
@@ -1499,12 +1588,12 @@ def test_collate_by_hand():
     assert batch["attention_mask"][0, 0].int().tolist() == [
         [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1],
     ]  # fmt: skip
-    assert batch["keep"].int().tolist() == [[0, 1, 1, 0, 0]] and batch["lengths"].tolist() == [[2, 1]]
+    assert batch["positions"].tolist() == [1, 2] and batch["lengths"].tolist() == [[2, 1]]
     assert batch["target"].tolist() == [[7, 9], [8, 0]] and batch["owner"].tolist() == [[0, 1], [0, 2]]
     batch = data.collate([pair, data.Pair([4], [3], [], "", {})], one_row=False)  # SFT's have no rejected
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [5, 6, 9, 0], [4, 3, 0, 0]]
     assert batch["attention_mask"].int().tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]
-    assert batch["keep"].int().tolist() == [[0, 1, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0]]
+    assert batch["positions"].tolist() == [1, 2, 5, 8]
     assert batch["target"].tolist() == [[7, 0], [8, 0], [9, 0], [3, 0]]
     assert batch["owner"].tolist() == [[0, 4], [0, 4], [1, 4], [2, 4]] and batch["lengths"].tolist() == [
         [2, 1],
@@ -2546,7 +2635,7 @@ def test_unreadable_answers_are_shown_counted_and_asked_again(runs, golden, no_w
         words = ["judge", runs["a-0"], "--out", folder, "--url", url]
         assert call(*words) is None
         printed = capsys.readouterr().out
-        assert "WARNING: 47 of 47 answers are no verdict" in printed and "Model m" in printed
+        assert "WARNING: 47 of 47 are no verdict" in printed and "Model m" in printed
         assert "| -  " in printed and "50.0" not in printed
         assert judged(folder)["verdicts"] == 0 and judged(folder)["prompts"] == 50
         content[0] = "m"
@@ -2946,6 +3035,20 @@ def test_cuda_has_no_nan_at_row_lengths_where_cudnns_attention_does(length):
 
 
 @cuda
+def test_cuda_never_waits_in_a_micro_batch():
+    if GPU.type == "cpu":
+        pytest.skip("a CPU has no set_sync_debug_mode")
+    model, batch = tiny("llama").to(GPU), data.collate(some_pairs())
+    lm.sequence_logps(model, batch).sum().backward()  # the first time, libraries are loaded
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        lm.sequence_logps(model, batch).sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@cuda
 @pytest.mark.parametrize("objective", ["dpo", "ipo", "simpo", "orpo", "slic"])
 def test_cuda_trains_every_objective(objective, tmp_path):
     lines = metrics(run(tmp_path / "run", objective=objective, limit=90, sft_epochs=0, filter_ratio=0.6))
@@ -2988,8 +3091,8 @@ def test_cuda_interrupted_and_resumed_is_the_same_up_to_rounding(tmp_path):
 def test_cuda_samples_do_not_depend_on_the_batch():
     model, tokenizer = lm.builtin_model(0).to(GPU).eval(), lm.builtin_tokenizer(data.builtin_texts())
     prompts = [[5, 9, 11][:n] for n in (1, 2, 3, 3)]
-    sampling = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3}
-    one, other = (evaluate.generate(model, tokenizer, prompts, batch_size=n, **sampling) for n in (1, 4))
+    ways = [evaluate.Sampling(8, 1.0, seed=3, batch_size=n) for n in (1, 4)]
+    one, other = (evaluate.generate(model, tokenizer, prompts, way) for way in ways)
     assert one == other
 
 
