@@ -202,6 +202,15 @@ def write_outputs(args: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------------------------------------------ judge
 
+
+class Comparison(NamedTuple):
+    """What a judge compares. prompt: text or messages, as training had it."""
+
+    prompt: Any
+    baseline_output: str
+    model_output: str
+
+
 JUDGE_PROMPT = """<|im_start|>system
 Say which of two answers serves the person who asked better: weigh correctness, helpfulness and clarity, not
 length or order. Reply with nothing but the better answer's name, m or M.<|im_end|>
@@ -213,7 +222,6 @@ length or order. Reply with nothing but the better answer's name, m or M.<|im_en
 # Answer M
 {output_2}
 # The better answer's name (m or M)<|im_end|>"""
-Item = tuple[Any, str, str]  # prompt (text or messages), baseline's output, model's output
 
 
 def judge_messages(template: str, instruction: str, first: str, second: str) -> list[dict[str, str]]:
@@ -242,7 +250,7 @@ def read_verdict(choice: dict[str, Any]) -> float | None:
     return 2 - first / (first + second) if first + second else None
 
 
-def ask_endpoint(items: list[Item], args: Any, stored: Path) -> list[float | None]:
+def ask_endpoint(items: list[Comparison], args: Any, stored: Path) -> list[float | None]:
     """Preferences of AlpacaEval's weighted judge behind an OpenAI-compatible URL. Each answer is stored as it
     comes, under a hash of its question; only what is not there, or cannot be read, is asked."""
     url = args.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
@@ -305,18 +313,25 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f"{url}: {problem}; check OPENAI_API_KEY, --url, --judge_model and the connection")
 
 
-def true_preferences(items: list[Item]) -> list[float]:
+def true_preferences(items: list[Comparison]) -> list[float]:
     """By the built-in task's reward."""
-    rewards = [[data.true_reward(data.prompt_text(p), text) for text in texts] for p, *texts in items]
-    return [1.5 + (mine > theirs) / 2 - (mine < theirs) / 2 for theirs, mine in rewards]
+    preferences = []
+    for item in items:
+        prompt = data.prompt_text(item.prompt)
+        gain = data.true_reward(prompt, item.model_output) - data.true_reward(prompt, item.baseline_output)
+        preferences.append(1.5 + (gain > 0) / 2 - (gain < 0) / 2)
+    return preferences
 
 
 @torch.no_grad()
-def model_preferences(items: list[Item], args: Any, device: Any) -> list[float | None]:
+def model_preferences(items: list[Comparison], args: Any, device: Any) -> list[float | None]:
     """By a reward model or by a run's implicit reward, which see what training would: an empty output, or two
     that are alike once cut, make no pair, and no verdict."""
     run = open_model(args.judge_run or args.reward_model)
-    pairs = tokenized([data.make_row(item[0], item[2], item[1], str(i)) for i, item in enumerate(items)], run)
+    rows = []
+    for number, item in enumerate(items):
+        rows.append(data.make_row(item.prompt, item.model_output, item.baseline_output, str(number)))
+    pairs = tokenized(rows, run)
     if args.judge_run:
         start, *_, policy = margins_of(run, pairs, device).values()
         gains = policy if run.settings["objective"] in REFERENCE_FREE else policy - start
@@ -328,9 +343,9 @@ def model_preferences(items: list[Item], args: Any, device: Any) -> list[float |
         model.to(device).eval()
         gains = torch.zeros(len(pairs))
         for k, pair in enumerate(tqdm(pairs, args.reward_model, unit="pair")):
-            for sign, response in ((1, pair.chosen), (-1, pair.rejected)):
-                ids = torch.tensor([pair.prompt + response], device=device)
-                gains[k] += sign * model(ids).logits[0, 0].item()
+            chosen = torch.tensor([pair.prompt + pair.chosen], device=device)
+            rejected = torch.tensor([pair.prompt + pair.rejected], device=device)
+            gains[k] = (model(chosen).logits - model(rejected).logits)[0, 0].item()
     preferences = {int(pair.source): 1.5 + gain / 2 for pair, gain in zip(pairs, gains.sign().tolist())}
     return [preferences.get(i) for i in range(len(items))]
 
@@ -343,8 +358,10 @@ def judge(args: argparse.Namespace) -> None:
     pairs = [(row, model[text]) for text, row in baseline.items() if text in model]
     if not pairs:
         raise ValueError(f"{folder}: no reference_outputs.json and model_outputs.json: evaluate.py generate")
-    items = [(b["prompt"], a["output"], b["output"]) for a, b in pairs]
-    asked = [item for item in items if item[1] != item[2]]  # equal outputs are a draw
+    items = [Comparison(theirs["prompt"], theirs["output"], ours["output"]) for theirs, ours in pairs]
+    preferences: list[float | None] = [1.5] * len(items)  # equal outputs are a draw
+    unequal = [i for i, item in enumerate(items) if item.baseline_output != item.model_output]
+    asked = [items[i] for i in unequal]
     if args.url:
         name = f"{args.judge_model}, {Path(args.judge_prompt or 'our own prompt').stem}"
         verdicts = ask_endpoint(asked, args, folder / "answers.jsonl")
@@ -353,13 +370,13 @@ def judge(args: argparse.Namespace) -> None:
     else:
         name = args.judge_run or args.reward_model
         verdicts = model_preferences(asked, args, lm.choose_device())
-    left = iter(verdicts)
-    preferences = [1.5 if theirs == mine else next(left) for _, theirs, mine in items]
+    for i, verdict in zip(unequal, verdicts):
+        preferences[i] = verdict
     annotations = []
-    for (a, b), preference in zip(pairs, preferences):
-        row = {key: a[key] for key in ("dataset", "instruction") if key in a}
-        for k, side in ((1, a), (2, b)):
-            row[f"output_{k}"], row[f"generator_{k}"] = side["output"], side["generator"]
+    for (theirs, ours), preference in zip(pairs, preferences):
+        row = {key: theirs[key] for key in ("dataset", "instruction") if key in theirs}
+        row.update(output_1=theirs["output"], generator_1=theirs["generator"])
+        row.update(output_2=ours["output"], generator_2=ours["generator"])
         annotations.append({**row, "annotator": name, "preference": preference})
     data.write_json(folder / "annotations.json", annotations)
     if asked and not any(verdicts):
@@ -491,22 +508,24 @@ above that of the model that training started from; ±: standard error over prom
 differ by seed; bound: the largest variance that batches can have."""
 
 
-def wins_of(model: str, baseline: str, judge: str, items: list[Item], preferences: list) -> Wins:
+def wins_of(model: str, baseline: str, judge: str, items: list[Comparison], preferences: list) -> Wins:
     """Errors are over prompts: several comparisons of one count as their mean, and the rate at equal lengths
     then has none."""
     prompts: dict[str, list[float]] = {}
-    for (prompt, *_), preference in zip(items, preferences):
-        verdicts = prompts.setdefault(data.prompt_text(prompt), [])
+    for item, preference in zip(items, preferences):
+        verdicts = prompts.setdefault(data.prompt_text(item.prompt), [])
         if preference is not None:
             verdicts.append(preference)
     means = [sum(verdicts) / len(verdicts) for verdicts in prompts.values() if verdicts]
-    theirs, mine = ([len(text) for text in side] for _, *sides in [zip(*items)] for side in sides)
+    baseline_lengths = [len(item.baseline_output) for item in items]
+    model_lengths = [len(item.model_output) for item in items]
     rate = controlled = Estimate(math.nan)
     if means:
-        rate, controlled = win_rate(means), length_controlled_win_rate(preferences, mine, theirs)
+        rate = win_rate(means)
+        controlled = length_controlled_win_rate(preferences, model_lengths, baseline_lengths)
         if len(items) > len(prompts):
             controlled = Estimate(controlled.value)
-    lengths = mean_of(mine), mean_of(theirs)
+    lengths = mean_of(model_lengths), mean_of(baseline_lengths)
     return Wins(model, baseline, judge, rate, controlled, *lengths, len(means), len(prompts))
 
 
@@ -523,7 +542,7 @@ def true_wins(run: Run, pairs: list[data.Pair], device: Any) -> list[Wins]:
     for model, baseline in [(other, start) for other in others] + [*zip(others[1:], others)]:
         items = []
         for prompt, theirs, mine in zip(prompts, responses[baseline], responses[model]):
-            items += [(prompt, a, b) for a in theirs for b in mine]
+            items += [Comparison(prompt, a, b) for a in theirs for b in mine]
         wins.append(wins_of(model, baseline, "true reward", items, true_preferences(items)))
     return wins
 

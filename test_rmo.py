@@ -65,6 +65,7 @@ import filter as filtering
 import loss
 import model as lm
 import train
+from evaluate import Comparison
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared"
@@ -2698,16 +2699,19 @@ def test_judges_see_what_training_sees(runs, tmp_path, monkeypatch, prompt, chat
     scores = {label: torch.zeros(1) for label in run.models}
     monkeypatch.setattr(evaluate, "margins_of", lambda run, pairs, device: seen.extend(pairs) or scores)
     args = evaluate.parse(["judge", "x", "--run", str(runs["a-0"])])
-    assert evaluate.model_preferences([(prompt, *PAIR)], args, CPU) == [1.5]
+    assert evaluate.model_preferences([Comparison(prompt, *PAIR)], args, CPU) == [1.5]
     assert seen[0][:3] == trained[:3]
 
 
 def test_local_judges(runs, tmp_path, chatty):
     """The true reward and the implicit reward decide by their definitions; a reward model by its score."""
-    items = [("bread", "You need flour.", "You need quick pawns."), ("bread", "Enjoy it.", "Enjoy it.")]
+    items = [
+        Comparison("bread", "You need flour.", "You need quick pawns."),
+        Comparison("bread", "Enjoy it.", "Enjoy it."),
+    ]
     assert evaluate.true_preferences(items) == [1.0, 1.5]
     args = evaluate.parse(["judge", "x", "--run", str(runs["a-0"])])
-    found = evaluate.model_preferences([(TALK, *PAIR), (TALK, "", "a")], args, CPU)
+    found = evaluate.model_preferences([Comparison(TALK, *PAIR), Comparison(TALK, "", "a")], args, CPU)
     run = evaluate.open_run(runs["a-0"])
     pairs = evaluate.tokenized([data.make_row(TALK, *PAIR[::-1], "x")], run)
     margins = [lm.score_pairs(lm.load_model(name), pairs)[0] for name in ("built-in", runs["a-0"] / "policy")]
@@ -2721,11 +2725,11 @@ def test_local_judges(runs, tmp_path, chatty):
     LlamaForSequenceClassification(config).save_pretrained(tmp_path / "rm")
     chatty[1].save_pretrained(tmp_path / "rm")
     args = evaluate.parse(["judge", "x", "--reward_model", str(tmp_path / "rm")])
-    both = evaluate.model_preferences([(TALK, *PAIR), (TALK, *PAIR[::-1])], args, CPU)
+    both = evaluate.model_preferences([Comparison(TALK, *PAIR), Comparison(TALK, *PAIR[::-1])], args, CPU)
     assert sorted(both) == [1.0, 2.0]
     args.reward_model = str(runs["a-0"] / "policy")
     with pytest.raises(ValueError, match="no sequence classifier"):
-        evaluate.model_preferences([(TALK, *PAIR)], args, CPU)
+        evaluate.model_preferences([Comparison(TALK, *PAIR)], args, CPU)
 
 
 def test_generate_and_judge_a_run(runs, capsys):
@@ -2809,7 +2813,7 @@ def test_a_report_is_printed_again_without_a_model(runs, monkeypatch, capsys):
 
 def test_win_rates_of_samples_by_hand():
     """Two prompts of two comparisons each: 100 and 50 percent, so 75 with an error of 25 over prompts."""
-    items = [("x", "aa", "b"), ("x", "aa", "b"), ("y", "a", "bb"), ("y", "a", "bb")]
+    items = 2 * [Comparison("x", "aa", "b")] + 2 * [Comparison("y", "a", "bb")]
     wins = evaluate.wins_of("RMO", "base", "judge", items, [2, 2, 2, 1])
     assert wins.rate == pytest.approx((75, 25)) and math.isnan(wins.controlled.error)
     assert (wins.length.value, wins.baseline_length.value) == (1.5, 1.5)
@@ -2846,7 +2850,7 @@ def test_a_report_of_an_earlier_training_is_not_believed(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "BUILTIN_EVAL_PAIRS", 4)
     monkeypatch.setattr(evaluate, "SAMPLES", 1)
     folder = make_run(tmp_path / "run", 0, batching="random", filter_ratio=0.0, lambda_reg=0.0)
-    wins = evaluate.wins_of("x", "y", "a judge", [("p", "a", "b")], [2])._asdict()
+    wins = evaluate.wins_of("x", "y", "a judge", [Comparison("p", "a", "b")], [2])._asdict()
     run = evaluate.open_run(folder)
     report = {"training": run.training, "wins": [wins], "filter": ["?"], "held_out": {}}
     data.write_json(folder / "report.json", report)
