@@ -15,6 +15,7 @@ of the tokens of multi-turn data, is computed once. What the model sees is what 
     batch = collate(pairs[:8])
 """
 
+import fnmatch
 import gzip
 import hashlib
 import json
@@ -23,15 +24,17 @@ import random
 import re
 import shutil
 import zlib
+from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from fnmatch import fnmatchcase
+from contextlib import suppress
 from itertools import accumulate, groupby
 from os.path import commonprefix  # of any sequences
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download  # comes with transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -105,11 +108,10 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 def read_lines(path: Path) -> list[Any]:
     """The values of a .jsonl file, less lines that a crash cut short; of no file, none."""
     values = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            values.append(json.loads(line))
-        except ValueError:
-            continue
+    if path.is_file():
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError):
+                values.append(json.loads(line))
     return values
 
 
@@ -123,8 +125,9 @@ def append_line(path: Path, value: Any) -> None:
     """Add a value to a .jsonl file, on a line of its own also where a crash cut the last one short."""
     with path.open("ab+") as file:
         file.seek(max(0, file.tell() - 1))
-        cut_short = file.read() not in (b"", b"\n")
-        file.write(b"\n" * cut_short + json.dumps(value).encode() + b"\n")
+        if file.read() not in (b"", b"\n"):
+            file.write(b"\n")
+        file.write(json.dumps(value).encode() + b"\n")
 
 
 # -------------------------------------------------------------------------------------- read: files to rows
@@ -145,12 +148,12 @@ def read_preferences(
     for one_source in [source] if isinstance(source, str) else source:
         for name, path in _files(one_source):
             rows += _read_file(name, path)
+    for row in rows:
+        if single_turn and "drop" not in row:
+            roles = [message["role"] for message in as_messages(row["prompt"])]
+            if roles.count("user") != 1:
+                row["drop"] = "not one user turn"
     usable = [row for row in rows if "drop" not in row]
-    for row in usable if single_turn else []:
-        roles = [message["role"] for message in as_messages(row["prompt"])]
-        if roles.count("user") != 1:
-            row["drop"] = "not one user turn"
-    usable = [row for row in usable if "drop" not in row]
     if limit is None or limit >= len(usable):
         return rows
     drawn = {id(row) for row in random.Random(seed).sample(usable, limit)}
@@ -165,14 +168,12 @@ def _files(source: str) -> list[tuple[str, Path]]:
     if not hub:
         raise ValueError(f"{source}: no such file; give {SOURCES}")
     repository, wanted = hub.groups()
-    from huggingface_hub import snapshot_download
-
     try:  # without network this looks into its cache
         folder = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=wanted))
     except Exception as error:  # no such repository, gated, not in the cache, ...: whatever the client raises
         raise ValueError(f"{source}: no such file here, and none from the hub ({_one_line(error)})") from None
     names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    names = sorted(name for name in names if fnmatchcase(name, wanted))
+    names = sorted(fnmatch.filter(names, wanted))
     if not names:
         raise ValueError(f"{source}: neither the hub's dataset nor the cache has such a file")
     return [(f"{repository}:{name}", folder / name) for name in names]
@@ -183,40 +184,44 @@ def _one_line(error: Exception) -> str:
 
 
 def _read_file(name: str, path: Path) -> list[Row]:
-    rows, odd = [], []
+    rows, complaints = [], []
     for place, value in _values(name, path):
         try:
             rows.append(_recognise(value, place))
         except Unusable as error:
             rows.append({"source": place, "drop": f"of no known form: {error}"})
-            odd.append((place, error, sorted(value) if isinstance(value, dict) else []))
+            columns = sorted(value) if isinstance(value, dict) else []
+            prompt = next((key for key in PROMPTS if key in columns), "prompt")
+            form = f"{prompt}, chosen, rejected, as texts or as messages"
+            complaints.append(f"{place}: {error}; columns found: {columns}; the nearest form is {form}")
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
     if not rows:
         raise ValueError(f"{name}: holds no pairs")
-    if len(odd) == len(rows):
-        place, error, columns = odd[0]
-        prompt = next((key for key in PROMPTS if key in columns), "prompt")
-        form = f"{prompt}, chosen, rejected, as texts or as messages"
-        raise ValueError(f"{place}: {error}; columns found: {columns}; the nearest form is {form}")
+    if len(complaints) == len(rows):
+        raise ValueError(complaints[0])
     return rows
 
 
 def _values(name: str, path: Path) -> Iterator[tuple[str, Any]]:
     """(place, value) for each line of a .jsonl file, item of a .json list, or row of a .parquet file."""
-    place, plain_name = name, name.removesuffix(".gz")
+    place, values = name, []
+    plain_name = name.removesuffix(".gz")
+    opened = open if name == plain_name else gzip.open
     try:
         if name.endswith(".parquet"):
             from pyarrow import parquet
 
             values = parquet.read_table(path).to_pylist()
-        elif plain_name.endswith((".json", ".jsonl", ".ndjson")):
-            with (open if name == plain_name else gzip.open)(path, "rt", encoding="utf-8-sig") as file:
-                if not plain_name.endswith(".json"):
-                    for number, line in enumerate(file, 1):
-                        place = f"{name}:{number}"
-                        if line.strip():
-                            yield place, json.loads(line)
-                    return
+        elif plain_name.endswith(".json"):
+            with opened(path, "rt", encoding="utf-8-sig") as file:
                 values = json.load(file)
+        elif plain_name.endswith((".jsonl", ".ndjson")):
+            with opened(path, "rt", encoding="utf-8-sig") as file:
+                for number, line in enumerate(file, 1):
+                    place = f"{name}:{number}"
+                    if line.strip():
+                        yield place, json.loads(line)
         else:
             raise ValueError(f"of no known kind; give {SOURCES}")
     except ImportError:
@@ -264,17 +269,21 @@ def _recognise(value: Any, place: str) -> Row:
     """A row from a value of any form: prompt and sides as text or messages, less what stands twice."""
     if not isinstance(value, dict):
         raise Unusable(f"a row must be an object, not {type(value).__name__}")
-    _refuse_meaningful(value, place)
+    _refuse_meaningful(value)
     if value.get("chosen") is None or value.get("rejected") is None:
         raise Unusable("no preference pair")
-    prompt = _prompt(value, place)
-    sides = [_text_or_messages(value[key], key, place) for key in ("chosen", "rejected")]
-    is_chat = any(isinstance(given, list) for given in (prompt, *sides))
-    conversations = _split_messages(prompt, sides) if is_chat else _split_texts(prompt, sides)
+    prompt = _prompt(value)
+    sides = [_text_or_messages(value, key) for key in ("chosen", "rejected")]
+    if any(isinstance(given, list) for given in (prompt, *sides)):
+        (prompt, chosen), (other_prompt, rejected) = [_split_messages(prompt, side) for side in sides]
+    else:
+        (prompt, chosen), (other_prompt, rejected) = _split_texts(prompt, sides)
     if "system" in value:  # also an empty one makes messages of a text: one file is rendered in one way
-        system = [_message({"role": "system", "content": value["system"]}, place)] if value["system"] else []
-        conversations = [_with_system(system, *conversation) for conversation in conversations]
-    (prompt, chosen), (other_prompt, rejected) = conversations
+        if is_transcript(prompt):  # the space before a response belongs to plain text
+            chosen, rejected = chosen.strip(), rejected.strip()
+        system = [_message({"role": "system", "content": value["system"]})] if value["system"] else []
+        prompt = _join(system, as_messages(prompt or []))
+        other_prompt = _join(system, as_messages(other_prompt or []))
     row = _checked(prompt, chosen, rejected, place)
     if prompt != other_prompt:
         row["drop"] = "prompts differ"
@@ -285,13 +294,13 @@ def _recognise(value: Any, place: str) -> Row:
     return row
 
 
-def _refuse_meaningful(value: Row, place: str) -> None:
+def _refuse_meaningful(value: dict[str, Any]) -> None:
     for key in MEANINGFUL:
         if value.get(key):
-            raise ValueError(f"{place}: {key!r} is filled and would be lost: remove it, or such rows")
+            raise ValueError(f"{key!r} is filled and would be lost: remove it, or such rows")
 
 
-def _prompt(value: Row, place: str) -> str | Messages | None:
+def _prompt(value: dict[str, Any]) -> str | Messages | None:
     """What stands before the responses as the file has it; None: nothing does."""
     given = {key: value[key] for key in PROMPTS if value.get(key)}
     if "instruction" in given and isinstance(given.get("input"), str):
@@ -300,29 +309,30 @@ def _prompt(value: Row, place: str) -> str | Messages | None:
         del given["messages"]  # ultrafeedback_binarized has chosen in it again
     if len(given) > 1:
         raise Unusable(f"{' and '.join(given)} are filled: which one is the prompt?")
-    for key, prompt in given.items():
-        return _text_or_messages(prompt, key, place)
+    for key in given:
+        return _text_or_messages(given, key)
     return "" if any(value.get(key) == "" for key in PROMPTS) else None
 
 
-def _text_or_messages(value: Any, key: str, place: str) -> str | Messages:
+def _text_or_messages(columns: dict[str, Any], key: str) -> str | Messages:
+    value = columns[key]
     if isinstance(value, str):
         return value
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages:
         raise Unusable(f"{key} is {value!r:.40}, neither text nor messages")
-    return [_message(message, place) for message in messages]
+    return [_message(message) for message in messages]
 
 
-def _message(value: Any, place: str) -> dict[str, str]:
+def _message(value: Any) -> dict[str, str]:
     """{role, content} of a message in OpenAI's or ShareGPT's form; roles are folded, text parts joined."""
-    if not isinstance(value, dict):
-        raise Unusable(f"a message must be {{role: text, content: text}}, not {value!r:.60}")
-    _refuse_meaningful(value, place)
-    lost = [key for key in value if value[key] and key not in HARMLESS]
+    fields = value if isinstance(value, dict) else {}
+    _refuse_meaningful(fields)
+    lost = [key for key in fields if fields[key] and key not in HARMLESS]
     if lost:
         raise Unusable(f"a message has {', '.join(lost)}, which would be lost")
-    role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
+    role = fields.get("role", fields.get("from"))
+    content = fields.get("content", fields.get("value"))
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
@@ -342,31 +352,22 @@ def _split_texts(prompt: str | None, sides: list[str]) -> list[tuple[str, str]]:
     if prompt:  # then only whole transcripts that have it in them are split
         split_at_mark &= all(side.startswith(HUMAN) and prompt.strip() in side for side in sides)
     if split_at_mark:
-        ends = [side.rindex(ASSISTANT) + len(ASSISTANT) for side in sides]
-        return [(side[:end], side[end:]) for side, end in zip(sides, ends)]
+        parts = [side.rpartition(ASSISTANT) for side in sides]
+        return [(before + mark, response) for before, mark, response in parts]
     # One word may well begin two responses; several are the prompt, which stands twice.
     if len(prompt.split()) > 1 and all(side.startswith(prompt) for side in sides):
         sides = [side.removeprefix(prompt) for side in sides]
     return [(prompt, side) for side in sides]
 
 
-def _split_messages(prompt: str | Messages | None, sides: list[str | Messages]) -> list[tuple[Messages, str]]:
-    """(prompt, response) of two sides that are responses, whole conversations, or their last parts."""
-    split = []
-    for side in sides:
-        if isinstance(side, str):
-            side = [{"role": "assistant", "content": side}]
-        turns = _join(as_messages(prompt or []), side[:-1])
-        if side[-1]["role"] != "assistant" or (turns and turns[-1]["role"] == "assistant"):
-            raise Unusable("a conversation must end with one message of role assistant")
-        split.append((turns, side[-1]["content"]))
-    return split
-
-
-def _with_system(system: Messages, prompt: str | Messages, response: str) -> tuple[Messages, str]:
-    if is_transcript(prompt):  # the space before a response belongs to plain text
-        response = response.strip()
-    return _join(system, as_messages(prompt or [])), response
+def _split_messages(prompt: str | Messages | None, side: str | Messages) -> tuple[Messages, str]:
+    """(prompt, response) of a side that is a response, a whole conversation, or its last part."""
+    if isinstance(side, str):
+        side = [{"role": "assistant", "content": side}]
+    turns = _join(as_messages(prompt or []), side[:-1])
+    if side[-1]["role"] != "assistant" or (turns and turns[-1]["role"] == "assistant"):
+        raise Unusable("a conversation must end with one message of role assistant")
+    return turns, side[-1]["content"]
 
 
 def _join(prompt: Messages, turns: Messages) -> Messages:
@@ -412,9 +413,7 @@ def prompt_text(prompt: str | Messages) -> str:
 
 SLICE = 1000  # rows tokenized at once: the tokenizer's own structures take 100 KiB a row
 ANSWER = "answer"
-THINKING_OFF = {"enable_thinking": False, "thinking": False}
-# Some templates write today's date: data would change at midnight, and with it splits and fingerprints. This
-# is the date that Llama 3's falls back to.
+# Some templates write today's date: data would change at midnight. Llama 3's falls back to this one.
 FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 
 
@@ -433,7 +432,7 @@ def tokenize_preferences(
     too if there is one; "always" takes a text for a user's message; "never" makes plain text of everything.
     Raises ValueError if nothing is left, or if there are messages and no template.
     """
-    if not 2 <= max_length or not (max_prompt_length is None or 1 <= max_prompt_length < max_length):
+    if max_length < 2 or (max_prompt_length is not None and not 1 <= max_prompt_length < max_length):
         raise ValueError(f"max_prompt_length {max_prompt_length} must be 1 to below max_length {max_length}")
     end, marks = _end_and_marks(tokenizer)
     eos, special = tokenizer.eos_token_id, _special_tokens(tokenizer)
@@ -444,8 +443,8 @@ def tokenize_preferences(
             templated, texts = _render(row, tokenizer, chat, marks)
             rendered.append((row, templated, texts))
         except Unusable as error:
-            kind, *detail = str(error).split(": ", 1)
-            dropped[kind].append(": ".join([row["source"], *detail]))
+            kind, _, detail = str(error).partition(": ")
+            dropped[kind].append(f"{row['source']}: {detail}".removesuffix(": "))
 
     ids_of_rows = _token_ids([texts for _, _, texts in rendered], tokenizer)
     for (row, templated, texts), (prompt, *full) in zip(rendered, ids_of_rows):
@@ -523,8 +522,10 @@ def show(pair: Pair, tokenizer: Any) -> str:
     for name, ids in zip(("prompt (no loss)", "chosen", "rejected"), pair[:3]):
         text = ""
         for is_special, run in groupby(ids, key=special.__contains__):
-            run = list(run)
-            text += "".join(f"⟦{special[id]}⟧" for id in run) if is_special else tokenizer.decode(run)
+            if is_special:
+                text += "".join(f"⟦{special[id]}⟧" for id in run)
+            else:
+                text += tokenizer.decode(list(run))
         if len(text) > 1000:
             text = f"{text[:500]} [...] {text[-500:]}"
         lines.append(f"--- {name}, {len(ids)} tokens:\n" + text.replace("\n", "⏎\n"))
@@ -542,8 +543,9 @@ def _render(row: Row, tokenizer: Any, chat: str, marks: re.Pattern[str]) -> tupl
     if chat == "auto":
         templated = not is_text or (is_transcript(prompt) and bool(template))
     if not templated:
-        before, space = as_text(prompt), "" if is_text else " "
-        return False, [before, *(before + space + response for response in responses)]
+        before = as_text(prompt)
+        space = "" if is_text else " "
+        return False, [before] + [before + space + response for response in responses]
     if not template:
         remedy = "give --chat_template FILE, or --chat never for Human/Assistant text"
         raise ValueError(f"{row['source']}: messages, but the tokenizer has no chat template: {remedy}")
@@ -555,12 +557,13 @@ def _render(row: Row, tokenizer: Any, chat: str, marks: re.Pattern[str]) -> tupl
     if is_text:  # the space between prompt and response belongs to plain text
         responses = [response.strip() for response in responses]
     before, _ = _around_answer(messages, tokenizer)
-    full = [_apply_template(messages, response, tokenizer) for response in responses]
-    for text, response in zip(full, responses):
-        written = text[len(before) :].lstrip()
-        if not text.startswith(before) or not written.startswith(response.strip()):
-            raise Unusable(f"response rewritten by the chat template: {text[-80:]!r}")
-    return True, [before, *full]
+    texts = [before]
+    for response in responses:
+        texts.append(_apply_template(messages, response, tokenizer))
+        written = texts[-1].removeprefix(before).lstrip()
+        if not texts[-1].startswith(before) or not written.startswith(response.strip()):
+            raise Unusable(f"response rewritten by the chat template: {texts[-1][-80:]!r}")
+    return True, texts
 
 
 def _around_answer(messages: Messages, tokenizer: Any) -> tuple[str, str]:
@@ -574,20 +577,20 @@ def _around_answer(messages: Messages, tokenizer: Any) -> tuple[str, str]:
 
 def _apply_template(messages: Messages, response: str, tokenizer: Any) -> str:
     messages = [*messages, {"role": "assistant", "content": response}]
+    options = {"tokenize": False, "enable_thinking": False, "thinking": False}
     try:
         template = FIXED_DATE + tokenizer.get_chat_template()
-        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **THINKING_OFF)
+        return tokenizer.apply_chat_template(messages, chat_template=template, **options)
     except Exception as error:  # templates raise what they like, for example on a system message
         raise Unusable(f"refused by the chat template: {_one_line(error)}") from None
 
 
-def _token_ids(groups: list[list[str]], tokenizer: Any) -> Iterator[list[list[int]]]:
+def _token_ids(groups: list[list[str]], tokenizer: Any) -> Iterator[tuple[list[int], ...]]:
     """The token ids of each group of three texts."""
     for start in range(0, len(groups), SLICE):
         texts = [text for group in groups[start : start + SLICE] for text in group]
         ids = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-        for first in range(0, len(ids), 3):
-            yield ids[first : first + 3]
+        yield from zip(ids[0::3], ids[1::3], ids[2::3])
 
 
 def _one_end(response: list[int], templated: bool, end: int, eos: int) -> list[int]:
@@ -615,15 +618,15 @@ def _end_and_marks(tokenizer: Any) -> tuple[int, re.Pattern[str]]:
         raise ValueError("the tokenizer has no end token (eos_token), so a response cannot end; set one")
     special, marks = _special_tokens(tokenizer), {tokenizer.eos_token}
     system, user, assistant = ({"role": role, "content": "a"} for role in ("system", "user", "assistant"))
-    for messages in ([system, user], [user, assistant, user], [user]) if tokenizer.chat_template else ():
+    for messages in ([system, user], [user, assistant, user], [user]):
         try:
             texts = _around_answer(messages, tokenizer)
         except Unusable:
-            continue  # a system message, perhaps
-        ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-        before, behind = [[id for id in some if id in special] for some in ids]
-        marks.update(special[id] for id in before + behind if "think" not in special[id].lower())
-        end = behind[0] if behind else tokenizer.eos_token_id
+            continue  # a system message, perhaps, or there is no template
+        before, behind = tokenizer(list(texts), add_special_tokens=False).input_ids
+        found = [special[id] for id in before + behind if id in special]
+        marks.update(token for token in found if "think" not in token.lower())
+        end = next((id for id in behind if id in special), tokenizer.eos_token_id)
     return end, re.compile("|".join(re.escape(mark) for mark in sorted(marks)))
 
 
@@ -634,11 +637,11 @@ def split_by_prompt(pairs: list[Pair], shares: tuple[float, ...], seed: int) -> 
     """Disjoint parts of about these shares, and the rest last. A pair's part depends on (seed, its whole
     prompt's text) alone: pairs of one prompt stay together, and no other pair, nor the order, matters."""
     ends = list(accumulate(shares))
-    parts: list[list[Pair]] = [[] for _ in (*shares, 1)]
+    parts: list[list[Pair]] = [[] for _ in range(len(shares) + 1)]
     for pair in pairs:
         digest = hashlib.sha256(f"{seed} {prompt_text(pair.row['prompt'])}".encode()).digest()
         drawn = int.from_bytes(digest[:8]) / 2**64  # uniform in [0, 1)
-        parts[sum(end <= drawn for end in ends)].append(pair)
+        parts[bisect(ends, drawn)].append(pair)
     return parts
 
 
@@ -769,7 +772,7 @@ def true_reward(prompt: str, response: str) -> float:
     """The built-in task's reward r(x, y): what the sentences of a response are worth for a prompt, in nats of
     Eq. 3: +0.8 for each detail of the topic asked about, -0.8 for one of another topic, +0.8 for politeness,
     -1 for rudeness, -0.2 for filler, -0.5 for a sentence said again or unknown. The stop may be missing."""
-    worth = {**WORTH, **dict.fromkeys(_asked(prompt), 0.8)}
+    worth = WORTH | dict.fromkeys(_asked(prompt), 0.8)
     reward = 0.0
     for sentence in re.findall(r"[^.]+", response.strip()):
         reward += worth.pop(sentence.strip() + ".", -0.5)  # said again, it is unknown
@@ -800,7 +803,8 @@ def synthetic_preferences(count: int, seed: int, held_out: bool = False) -> list
         chosen, rejected = _response(prompt, draw), _response(prompt, draw)
         margin = true_reward(prompt, chosen) - true_reward(prompt, rejected)
         flipped = draw.random() < FLIPPED_SHARE
-        if (draw.random() < torch.sigmoid(torch.tensor(margin)).item()) == flipped:  # Eq. 3, then the flip
+        first_wins = draw.random() < torch.sigmoid(torch.tensor(margin)).item()  # Eq. 3
+        if first_wins == flipped:
             chosen, rejected, margin = rejected, chosen, -margin
         row = _checked(as_messages(prompt), chosen, rejected, f"{BUILTIN}: row {number}")
         row["truth"] = {"margin": margin, "flipped": flipped}

@@ -308,9 +308,9 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
             if error.code in (401, 403, 404) or "insufficient_quota" in problem:
                 break
         except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
-            problem = f"no answer, {type(error).__name__} {getattr(error, 'reason', '')}"
+            problem = f"no answer, {type(error).__name__} {getattr(error, 'reason', '')}".strip()
         time.sleep(wait)
-    raise ValueError(f"{url}: {problem}; check OPENAI_API_KEY, --url, --judge_model and the connection")
+    raise ValueError(f"{url}: {problem}; check OPENAI_API_KEY, --url, --judge_model, --concurrency")
 
 
 def true_preferences(items: list[Comparison]) -> list[float]:

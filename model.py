@@ -4,7 +4,6 @@
     margin = s(y+) - s(y-)    # Eq. 1
 
 Prompt tokens are excluded, the end token is included. Length-normalised objectives take the mean for the sum.
-The margin is the policy's alone: no reference is subtracted, and there is no beta.
 
     scores = score_pairs(model, pairs)                       # [N, 2], of chosen and rejected
     scores = sequence_logps(model, data.collate(pairs))      # the same of one batch, with gradient
@@ -14,8 +13,6 @@ are float32 (bf16 autocast on CUDA), dropout is off. Only safetensors are read, 
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from os.path import commonprefix  # of any sequences
 from pathlib import Path
 from typing import Any
@@ -58,13 +55,8 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def autocast(device: torch.device, exact: bool = False) -> torch.autocast:
-    """bf16 where it is fast (CUDA), unless all is to be exact; the weights stay float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda" and not exact)
-
-
-def fast_products() -> bool:
-    """Let oneDNN do float32 matrix products on the CPU if it does them in float32; whether it does.
+def fast_products() -> None:
+    """Let oneDNN do float32 matrix products on the CPU, if it does them in float32.
 
     PyTorch's default, MKL, leaves AVX-512 unused on AMD processors; oneDNN is up to twice as fast there. The
     setting allows rounding to bf16, which processors with AMX do, so a product is tried. Call it before the
@@ -74,11 +66,9 @@ def fast_products() -> bool:
     os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
-    error = ((a @ b).double() - a.double() @ b.double()).abs().max().item()
-    exact = error < 1e-3  # bf16 would be off by 0.1, float32 is by 1e-5
-    if not exact:
+    error = ((a @ b).double() - a.double() @ b.double()).abs().max()
+    if error > 1e-3:  # bf16 is off by 0.1, float32 by 1e-5
         torch.backends.mkldnn.matmul.fp32_precision = "ieee"
-    return exact
 
 
 # -------------------------------------------------------------------------------------------- load and save
@@ -182,20 +172,19 @@ def check_pairs(model: nn.Module, pairs: list[Pair], tokenizer: Any) -> None:
 
 
 class LoRALinear(nn.Module):
-    """y = W x + (alpha / rank) B A x; W frozen, A random, B zero (arXiv 2106.09685, Eq. 3)."""
+    """y = W x + 2 B A x; W frozen, A random, B zero (arXiv 2106.09685, Eq. 3, with alpha = 2 rank)."""
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, generator: torch.Generator, owner: str):
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator, owner: str):
         super().__init__()
         self.linear = linear
         self.owner = owner
-        self.scale = alpha / rank
         bound = linear.in_features**-0.5
         a = (2 * torch.rand(rank, linear.in_features, generator=generator) - 1) * bound
         self.a = nn.Parameter(a.to(linear.weight))  # [rank, in]
         self.b = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))  # [out, rank]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + self.scale * (x @ self.a.T @ self.b.T)
+        return self.linear(x) + 2.0 * (x @ self.a.T @ self.b.T)
 
     @property
     def weight(self) -> Tensor:
@@ -211,12 +200,11 @@ def add_lora(model: nn.Module, rank: int, seed: int) -> float:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no nn.Linear layers for LoRA: leave out --lora_rank")
-    weights = sum(layer.weight.numel() for layer in layers.values())
-    share = weights / sum(weight.numel() for weight in model.parameters())
+    share = sum(layer.weight.numel() for layer in layers.values()) / model.num_parameters()
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, layer in layers.items():
-        model.set_submodule(name, LoRALinear(layer, rank, 2.0 * rank, generator, type(model).__name__))
+        model.set_submodule(name, LoRALinear(layer, rank, generator, type(model).__name__))
     return share
 
 
@@ -224,7 +212,7 @@ def merge_lora(model: nn.Module) -> None:
     """Fold LoRA into the weights, in place: what is left is the plain model. Without LoRA nothing happens."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoRALinear):
-            update = layer.scale * layer.b.data.double() @ layer.a.data.double()  # not in TF32
+            update = 2.0 * layer.b.data.double() @ layer.a.data.double()  # not in TF32
             layer.linear.weight.data += update.float()
             model.set_submodule(name, layer.linear)
 
@@ -244,7 +232,15 @@ def sequence_logps(
     if device.type == "cuda":  # so that the copy goes on while kernels are queued
         batch = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    with autocast(device, exact), head_at(model, batch["positions"]):
+
+    def at_responses(head: nn.Module, states: tuple[Tensor]) -> Tensor:
+        """Let the output head see response positions only, [R, T, D] -> [K, D]."""
+        return states[0].flatten(0, 1)[batch["positions"]]
+
+    # transformers' logits_to_keep does so for a boolean mask, but waits for the GPU to count it.
+    head = getattr(model, "module", model).get_output_embeddings()  # "module": behind DDP
+    half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and not exact)
+    with half, head.register_forward_pre_hook(at_responses):
         logits = model(**inputs, use_cache=False).logits  # [K, V]
     rows = max(1, LOGITS_AT_ONCE[device.type] // logits.shape[-1])
     logps = [
@@ -256,24 +252,6 @@ def sequence_logps(
     sums = logps.new_zeros(lengths.numel() + 1).index_add(0, batch["owner"].flatten(), logps)
     scores = sums[:-1].view(-1, 2)  # [B, 2]; the last one is nobody's
     return scores / lengths if mean else scores
-
-
-@contextmanager
-def head_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Let the output head see some positions only, [R, T, D] -> [K, D]; every model has such a head.
-
-    transformers' logits_to_keep does so for a boolean mask, but waits for the GPU to count it.
-    """
-
-    def gather(head: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        return inputs[0].flatten(0, 1)[positions]
-
-    plain = getattr(model, "module", model)  # without DDP
-    hook = plain.get_output_embeddings().register_forward_pre_hook(gather)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def token_logps(logits: Tensor, target: Tensor) -> Tensor:
@@ -316,18 +294,20 @@ def takes_one_row(model: nn.Module, pairs: list[Pair]) -> bool:
 
     Not so where the mask is not ours to give (sliding windows, recurrent layers), or without position ids.
     """
-    for pair in [] if hasattr(model, "one_row") else probes(pairs):
-        two_rows = sequence_logps(model, collate([pair], one_row=False), exact=True)
-        try:
-            one_row = sequence_logps(model, collate([pair]), exact=True)
-        except torch.OutOfMemoryError:
-            raise
-        except (TypeError, ValueError, RuntimeError):  # the model refuses the mask or the position ids
-            one_row = torch.full_like(two_rows, torch.nan)
-        model.one_row = torch.allclose(one_row, two_rows, rtol=1e-5, atol=1e-4)
-        if not model.one_row:
-            break
+    if not hasattr(model, "one_row"):
+        model.one_row = all(_rows_agree(model, pair) for pair in probes(pairs))
     return model.one_row
+
+
+def _rows_agree(model: nn.Module, pair: Pair) -> bool:
+    two_rows = sequence_logps(model, collate([pair], one_row=False), exact=True)
+    try:
+        one_row = sequence_logps(model, collate([pair]), exact=True)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError):  # the model refuses the mask or the position ids
+        return False
+    return torch.allclose(one_row, two_rows, rtol=1e-5, atol=1e-4)
 
 
 def probes(pairs: list[Pair]) -> list[Pair]:

@@ -1,18 +1,16 @@
 """Train a language model with Reward Margin Optimization: Algorithm 2 of the paper, from top to bottom.
 
-    python train.py                                       # built-in model and preferences, one CPU minute
+    python train.py                                       # built-in model and preferences, a few CPU minutes
     torchrun train.py --model MODEL --data PAIRS.jsonl    # one GPU
     torchrun --nproc_per_node 8 train.py --model MODEL --data PAIRS.jsonl    # eight, the same update
 
-`rmo` is the algorithm, `fit` the training loop; settings, run folder and process follow. Plain DPO is
-`--batching random --filter_ratio 0 --lambda_reg 0`. Interrupted at any point, the same command goes on.
+Plain DPO is `--batching random --filter_ratio 0 --lambda_reg 0`. Interrupted, the same command goes on.
 
 Differs from the paper:
 1) The reference of Eq. 4 is the base model, whose scores line 4 computes anyway; no second model is loaded.
-2) The median of Eq. 14 ("compute global median", line 14) is that of the proxy's margins of all pairs, before
-   the filter: one number a run.
-3) tau, gamma and alpha default to about the paper's values, counted in standard deviations of the proxy's
-   margins; lambda so that amplification is 8 % as steep as the objective, which is the paper's 2 for its DPO.
+2) The median of line 14 is that of the proxy's margins of all pairs, before the filter: one number a run.
+3) tau, gamma and alpha default to about the paper's values, in standard deviations of the proxy's margins;
+   lambda makes amplification 8 % as steep as the objective, which is the paper's 2 for its DPO.
 4) Batches are made anew each epoch (line 9), by default from the proxy's margins, which costs nothing;
    --batch_margins policy scores the current policy, as Algorithm 1 has it.
 5) N = n m in the paper; here a random remainder sits out each epoch.
@@ -56,6 +54,7 @@ from filter import dual_denoising_filter, margin_decrease, tau_for_ratio
 # (scores [B, 2], index of their pairs [B]) -> "loss" and what else is logged, [B] each
 LossOf = Callable[[Tensor, list[int]], dict[str, Tensor]]
 BatchesOf = Callable[[int, nn.Module], Tensor]  # (epoch, model) -> [n, m], indices of the pairs
+Constants = dict[str, float]  # tau, gamma, alpha, ..., by name
 PARTITIONS = {"high": high_variance_batches, "random": random_batches, "low": low_variance_batches}
 
 
@@ -93,19 +92,18 @@ def rmo(s: "Settings") -> Path:
     alpha = sd if s.alpha is None else s.alpha
     lambda_reg = default_lambda(s, reference, alpha) if s.lambda_reg is None else s.lambda_reg
     median = proxy_margins.double().quantile(0.5).item() if s.median is None else s.median
-    constants = {"sd": sd, "alpha": alpha, "lambda": lambda_reg, "median": median}
-    if lambda_reg == 0:
-        constants = {"sd": sd, "lambda": 0.0}
+    constants = {"sd": sd, "lambda": lambda_reg}
+    if lambda_reg != 0:
+        constants.update({"alpha": alpha, "median": median})
 
     # Lines 5 and 6: Dual Denoising Filtering. From here on, pairs and tensors are those of D_final.
     if s.filtering:
         if s.filter_ratio:
             tau = tau_for_ratio(base_margins, proxy_margins, s.filter_ratio, gamma)
+        constants.update({"tau": tau, "gamma": gamma})
         kept = dual_denoising_filter(base_margins, proxy_margins, tau, gamma, generator(s.seed, "filter"))
         kept = from_rank_0(kept)  # [K]
-        step1 = margin_decrease(base_margins, proxy_margins)
-        constants.update({"tau": tau, "gamma": gamma})
-        report_filter(s, pairs, kept, step1, constants)
+        report_filter(s, pairs, kept, margin_decrease(base_margins, proxy_margins), constants)
         pairs = [pairs[i] for i in kept.tolist()]
         reference = reference[kept]
         proxy_margins = proxy_margins[kept]
@@ -121,16 +119,16 @@ def rmo(s: "Settings") -> Path:
     # Lines 12 to 17: training with Pairwise Margin Amplification
     def rmo_loss(scores: Tensor, index: list[int]) -> dict[str, Tensor]:
         logged = plain_loss(scores, index)  # line 13
-        if lambda_reg == 0:
-            return logged
-        margin = scores[:, 0] - scores[:, 1]  # Eq. 1, the policy's alone
-        amplification = loss.margin_amplification(margin, median, alpha, lambda_reg)  # line 15, Eq. 14
-        total = logged["loss"] + amplification  # line 16, Eq. 15
-        return {**logged, "loss": total, "amplification": amplification}
+        if lambda_reg != 0:
+            margin = scores[:, 0] - scores[:, 1]  # Eq. 1, the policy's alone
+            amplification = loss.margin_amplification(margin, median, alpha, lambda_reg)  # line 15, Eq. 14
+            logged["loss"] = logged["loss"] + amplification  # line 16, Eq. 15
+            logged["amplification"] = amplification
+        return logged
 
     report_constants(s, constants, len(pairs))
     policy = fit("policy", s, base, tokenizer, pairs, loss_of=rmo_loss, batches_of=diverse)
-    on_rank_0(lambda: policy.with_name("checkpoint.safetensors").unlink(missing_ok=True))
+    on_rank_0((s.folder / "checkpoint.safetensors").unlink, missing_ok=True)
     return policy
 
 
@@ -141,10 +139,8 @@ def objective(s: "Settings", scores: Tensor, reference: Tensor) -> dict[str, Ten
     """
     chosen, rejected = scores.unbind(1)
     ref = reference.unbind(1)  # of chosen, of rejected
-    if s.objective == "dpo":
-        losses = loss.dpo_loss(
-            chosen, rejected, *ref, beta=s.beta, label_smoothing=s.label_smoothing
-        )  # Eq. 4
+    if s.objective == "dpo":  # Eq. 4
+        losses = loss.dpo_loss(chosen, rejected, *ref, beta=s.beta, label_smoothing=s.label_smoothing)
     elif s.objective == "ipo":
         losses = loss.ipo_loss(chosen, rejected, *ref, beta=s.beta)
     elif s.objective == "slic":
@@ -187,7 +183,7 @@ def fit(
     The update is that of the mean loss over the pairs of the global batch (SFT: over their response tokens),
     however ranks and micro-batches split it. A folder that is there is finished, and returned as it is.
     """
-    folder = Path(s.output_dir) / stage
+    folder = s.folder / stage
     if folder.exists():
         return folder
     rank, world = lm.rank_and_world()
@@ -203,10 +199,10 @@ def fit(
     frozen = lm.freeze_unreached(model, pairs)
     if frozen:
         say(f"{stage}: {frozen:,} weights that text never reaches stay as they are")
-    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    optimizer = AdamW(weights.values(), lr=lr, weight_decay=0.0, fused=True)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = AdamW(weights, lr=lr, weight_decay=0.0, fused=True)
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
-    first, batches = load_checkpoint(s, stage, weights, optimizer)
+    first, batches = load_checkpoint(s, stage, model, optimizer)
     steps_per_epoch = len(pairs) // s.batch_size
     total = epochs * steps_per_epoch
     warmup = max(1, round(s.warmup * total))
@@ -243,14 +239,15 @@ def fit(
                 sums[name] = sums.get(name, 0) + values.detach().double().sum() * share
 
         # Clipping
-        norm = nn.utils.clip_grad_norm_(weights.values(), s.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(weights, s.max_grad_norm)
 
         # Reduction of all that is logged, in one transfer
-        reduced = torch.stack([*sums.values(), norm.double() / world])
+        sums["grad_norm"] = norm.double() / world
+        reduced = torch.stack(list(sums.values()))
         if world > 1:
             dist.all_reduce(reduced)
-        means = dict(zip([*sums, "grad_norm"], reduced.tolist()))
-        if not math.isfinite(means["loss"]) or not math.isfinite(means["grad_norm"]):
+        means = dict(zip(sums, reduced.tolist()))
+        if not math.isfinite(means["loss"] + means["grad_norm"]):
             seen = f"loss {means['loss']}, gradient norm {means['grad_norm']}; nothing was updated"
             sources = ", ".join(pairs[i].source for i in drawn)
             raise ValueError(f"{stage} step {step + 1}: {seen}. Look at these pairs, or at --lr: {sources}")
@@ -260,21 +257,20 @@ def fit(
         optimizer.zero_grad()
 
         # Log
-        if not sft:
-            means["margin_variance"] = means.pop("margin_square") - means["margin_mean"] ** 2
         if stage == "policy" and rank == 0:
+            means["margin_variance"] = means.pop("margin_square") - means["margin_mean"] ** 2
             sizes = {"pairs": len(drawn), "tokens": sum(pairs[i].size for i in drawn)}
             line = {"step": step + 1, "epoch": epoch + 1, **means, "lr": rate, **sizes}
             line["seconds"] = time.perf_counter() - started
-            data.append_line(folder.with_name("metrics.jsonl"), line)
+            data.append_line(s.folder / "metrics.jsonl", line)
         bar.set_postfix(loss=f"{means['loss']:.3g}", refresh=False)
 
         # Checkpoint
         if (step + 1) % s.save_steps == 0 and step + 1 < total:
-            save_checkpoint(s, stage, step + 1, batches, weights, optimizer)
+            save_checkpoint(s, stage, step + 1, batches, model, optimizer)
 
     lm.merge_lora(model)
-    on_rank_0(lambda: lm.save_model(model, tokenizer, folder))
+    on_rank_0(lm.save_model, model, tokenizer, folder)
     return folder
 
 
@@ -326,9 +322,7 @@ class Settings:
     single_turn: bool = flag(False, "only pairs whose prompt is one user message")
     eval_data: list[str] | None = flag(None, "held-out pairs, in the same forms")
     eval_share: float = flag(0.0, "or this share, 0 to 0.9, of the prompts of --data, drawn by seed")
-    chat: Literal["auto", "always", "never"] = flag(
-        "auto", "template for messages, for strings too, or never"
-    )
+    chat: Literal["auto", "always", "never"] = flag("auto", "template for messages; for strings too; never")
     chat_template: str | None = flag(None, "file with a Jinja chat template, for a tokenizer that has none")
     max_length: int = flag(1024, "tokens of a prompt and one response; what is more is cut off")
     max_prompt_length: int | None = flag(None, "tokens of a prompt (default: what is left, at least half)")
@@ -388,45 +382,46 @@ class Settings:
         if self.sft_model and self.sft_epochs:
             raise ValueError("--sft_model is used instead of training SFT: leave out --sft_epochs")
         most = sys.float_info.max  # infinity and NaN are out of every range
-        bounds = dict.fromkeys(["beta", "gamma", "alpha", "max_grad_norm"], (1e-12, most))
-        bounds |= dict.fromkeys(["limit", "epochs", "batch_size", "save_steps"], (1, most))
-        bounds |= dict.fromkeys(["max_length", "max_prompt_length", "micro_batch_tokens"], (1, most))
-        bounds |= dict.fromkeys(["lambda_reg", "sft_epochs", "sft_lr", "lr", "lora_rank", "seed"], (0, most))
-        bounds |= dict.fromkeys(["tau", "median", "simpo_gamma"], (-most, most))
-        bounds |= {"eval_share": (0, 0.9), "label_smoothing": (0, 0.499)}
-        bounds |= {"filter_ratio": (0, 0.999), "warmup": (0, 1)}
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"--{name} {value} is out of range: {low:g} to {high:g}")
-        builtin = self.model == BUILTIN
-        simpo = self.objective == "simpo"
-        defaults = {
-            "data": [BUILTIN],
-            "beta": 2.0 if simpo else 1.0 if builtin and not self.length_normalised else 0.1,
-            "simpo_gamma": 1.0 if simpo else None,
-            "sft_epochs": 15 if builtin and not self.sft_model else 0,
-            "sft_lr": 3e-3 if builtin else 5e-5 if self.lora_rank else 2e-5,
-            "lr": 2e-4 if builtin else 5e-5 if self.lora_rank else 1e-6,
-            "micro_batch_tokens": 16384 if torch.cuda.is_available() else 2048 if builtin else 384,
+        ranges = {
+            (1e-12, most): ["beta", "gamma", "alpha", "max_grad_norm"],
+            (1, most): ["limit", "epochs", "batch_size", "micro_batch_tokens", "save_steps"],
+            (0, most): ["lambda_reg", "sft_epochs", "sft_lr", "lr", "lora_rank", "seed"],
+            (-most, most): ["tau", "median", "simpo_gamma"],
+            (0, 0.9): ["eval_share"],
+            (0, 0.499): ["label_smoothing"],
+            (0, 0.999): ["filter_ratio"],
+            (0, 1): ["warmup"],
         }
+        for (low, high), names in ranges.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not low <= value <= high:
+                    raise ValueError(f"--{name} {value} is out of range: {low:g} to {high:g}")
+
+        self.length_normalised = self.objective in loss.LENGTH_NORMALISED
+        defaults = {"data": [BUILTIN], "beta": 0.1, "sft_epochs": 0, "sft_lr": 2e-5, "lr": 1e-6}
+        defaults["micro_batch_tokens"] = 384
+        if self.lora_rank:
+            defaults.update(sft_lr=5e-5, lr=5e-5)
+        if self.model == BUILTIN:
+            defaults.update(sft_lr=3e-3, lr=2e-4, micro_batch_tokens=2048)
+            if not self.length_normalised:
+                defaults["beta"] = 1.0
+            if not self.sft_model:
+                defaults["sft_epochs"] = 15
+        if self.objective == "simpo":
+            defaults.update(beta=2.0, simpo_gamma=1.0)
+        if torch.cuda.is_available():
+            defaults["micro_batch_tokens"] = 16384
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
-    @property
-    def length_normalised(self) -> bool:
-        return self.objective in loss.LENGTH_NORMALISED
-
-    @property
-    def filtering(self) -> bool:
-        return self.tau is not None or self.filter_ratio != 0
-
-    @property
-    def needs_proxy(self) -> bool:
         amplifying = self.lambda_reg != 0 and (self.median is None or self.alpha is None)
         batching = self.batching != "random" and self.batch_margins == "proxy"
-        return self.filtering or amplifying or batching
+        self.filtering = self.tau is not None or self.filter_ratio != 0
+        self.needs_proxy = self.filtering or amplifying or batching
+        self.folder = Path(self.output_dir)
 
 
 # ---------------------------------------------------------------------------------------------- run folder
@@ -443,164 +438,149 @@ def prepare(s: Settings) -> tuple[Any, list[Pair], list[Pair]]:
     for name in (s.sft_model, s.proxy):
         if name and lm.load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
             raise ValueError(f"{name} has another vocabulary than {s.model}: give a model trained from it")
+    say("settings: " + " ".join(f"{key}={value}" for key, value in asdict(s).items() if value is not None))
+
     splits = data.load_splits(asdict(s), tokenizer)
     pairs = splits.train
     sft_pairs = [pair._replace(rejected=[]) for pair in splits.sft]
     counts = f"{len(pairs):,} pairs to train on, {len(sft_pairs):,} for SFT, {len(splits.held_out):,} to test"
-    if s.batch_size > len(pairs) or (s.sft_epochs and s.batch_size > len(sft_pairs)):
-        raise ValueError(f"{counts}: no batch of {s.batch_size}; give more data, or a smaller --batch_size")
-    model = lm.load_model(s.sft_model or s.model, s.seed).to(lm.choose_device())
-    everything = pairs + splits.sft + splits.held_out
-    lm.check_pairs(model, everything, tokenizer)
-    parameters = f"{type(model).__name__}, {model.num_parameters():,} parameters"
-    if s.lora_rank:
-        share = lm.add_lora(model, s.lora_rank, s.seed)
-        parameters += f", {share:.0%} of them in layers with LoRA"
-    one_row = lm.takes_one_row(model, pairs)
-    open_run(s, data.fingerprint(everything))
-
-    say("settings: " + " ".join(f"{key}={value}" for key, value in asdict(s).items() if value is not None))
-    # float32: the weights; and of those that are trained their gradients and AdamW's two moments
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    state = (4 * model.num_parameters() + 12 * trained) / 2**30
-    say(f"model: {parameters}; {state:.2g} GiB besides activations")
-    if not one_row:
-        say("two rows a pair, slower: this model's mask or positions do not let responses share a prompt")
     say(f"pairs: {data.describe(splits.counts)}; {counts}")
     for pair in pairs[:3]:
         say(data.show(pair, tokenizer))
+    if s.batch_size > len(pairs) or (s.sft_epochs and s.batch_size > len(sft_pairs)):
+        raise ValueError(f"{counts}: no batch of {s.batch_size}; give more data, or a smaller --batch_size")
+
+    model = lm.load_model(s.sft_model or s.model, s.seed).to(lm.choose_device())
+    everything = pairs + splits.sft + splits.held_out
+    lm.check_pairs(model, everything, tokenizer)
+    description = f"model: {type(model).__name__}, {model.num_parameters():,} parameters"
+    if s.lora_rank:
+        share = lm.add_lora(model, s.lora_rank, s.seed)
+        description += f", {share:.0%} of them in layers with LoRA"
+    # float32: the weights; and of those that are trained their gradients and AdamW's two moments
+    trained = model.num_parameters(only_trainable=True)
+    say(f"{description}; {(4 * model.num_parameters() + 12 * trained) / 2**30:.2g} GiB besides activations")
+    if not lm.takes_one_row(model, pairs):
+        say("two rows a pair, slower: this model's mask or positions do not let responses share a prompt")
+    open_run(s, data.fingerprint(everything))
     return tokenizer, pairs, sft_pairs
 
 
 def is_finished(s: Settings) -> bool:
     """Whether the run folder is complete. Raises ValueError if it is of other settings, or no run folder."""
-    out = Path(s.output_dir)
-    path = out / "config.json"
+    path = s.folder / "config.json"
     if not path.is_file():
-        if out.exists() and any(path.suffix != ".unfinished" for path in out.iterdir()):
-            raise ValueError(f"{out} exists and is no run folder: choose another --output_dir")
+        if s.folder.exists() and any(file.suffix != ".unfinished" for file in s.folder.iterdir()):
+            raise ValueError(f"{s.folder} exists and is no run folder: choose another --output_dir")
         return False
     config = data.read_json(path)
     if not isinstance(config, dict) or "settings" not in config:
         raise ValueError(f"{path} holds no settings of a run: restore it, or delete the folder")
+    free = ("output_dir", "save_steps", "micro_batch_tokens")  # the result is the same, but for rounding
     for key, value in asdict(s).items():
         theirs = config["settings"].get(key)
-        # the result is the same with others of these, but for rounding
-        if theirs != value and key not in ("output_dir", "save_steps", "micro_batch_tokens"):
-            other = f"{out} holds a run with --{key} {theirs}, not {value}"
+        if theirs != value and key not in free:
+            other = f"{s.folder} holds a run with --{key} {theirs}, not {value}"
             raise ValueError(f"{other}: choose another --output_dir")
-    return (out / "policy").is_dir() and not (out / "checkpoint.safetensors").exists()
+    return (s.folder / "policy").is_dir() and not (s.folder / "checkpoint.safetensors").exists()
 
 
 def open_run(s: Settings, fingerprint: str) -> None:
     """Make the run folder with its config.json, or check that its data are these. Raises ValueError."""
-    path = Path(s.output_dir) / "config.json"
+    path = s.folder / "config.json"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     ours = {"settings": asdict(s), "constants": {}, "versions": versions, "data": fingerprint}
     config = data.read_json(path, ours)
     if config["data"] != fingerprint:
-        raise ValueError(f"{path.parent} holds a run on other data: choose another --output_dir")
-    on_rank_0(lambda: data.write_json(path, config))
+        raise ValueError(f"{s.folder} holds a run on other data: choose another --output_dir")
+    on_rank_0(data.write_json, path, config)
     if not path.is_file():
         raise ValueError(f"{path}: written by rank 0, not seen here: all nodes must share the run folder")
 
 
 def scores_of(stage: str, name: str | Path, pairs: list[Pair], s: Settings) -> Tensor:
     """Scores of chosen and rejected by the model of this name, [N, 2]; kept in margins.safetensors."""
-    path = Path(s.output_dir) / "margins.safetensors"
+    path = s.folder / "margins.safetensors"
     columns = load_file(path) if path.is_file() else {}
     keys = (f"{stage}_chosen", f"{stage}_rejected")
     if keys[0] not in columns:
         model = lm.load_model(name, s.seed).to(lm.choose_device())
         scores = lm.score_pairs(model, pairs, s.micro_batch_tokens, s.length_normalised, f"{stage} scores")
         columns.update(zip(keys, scores.T.contiguous()))
-        on_rank_0(lambda: data.write_whole(path, lambda unfinished: save_file(columns, unfinished)))
+        on_rank_0(data.write_whole, path, lambda unfinished: save_file(columns, unfinished))
     return torch.stack([columns[key] for key in keys], dim=1)
 
 
 def save_checkpoint(
-    s: Settings, stage: str, step: int, batches: Tensor, weights: dict[str, Tensor], optimizer: AdamW
+    s: Settings, stage: str, step: int, batches: Tensor, model: nn.Module, optimizer: AdamW
 ) -> None:
     """Write the state of training after so many steps: the epoch's batches, weights and AdamW's state."""
-    state = {f"weight {name}": weight.detach() for name, weight in weights.items()}
+    state = {"batches": batches}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            state[f"weight {name}"] = weight.detach()
     for number, moments in optimizer.state_dict()["state"].items():
-        state.update({f"optimizer {number} {name}": moment for name, moment in moments.items()})
-    state["batches"] = batches
+        for name, moment in moments.items():
+            state[f"optimizer {number} {name}"] = moment
     about = {"stage": stage, "step": str(step)}
-    path = Path(s.output_dir) / "checkpoint.safetensors"
-
-    def write() -> None:
-        with path.with_name("metrics.jsonl").open("a") as log:
-            os.fsync(log.fileno())  # the lines of these steps reach the disk first
-        data.write_whole(path, lambda unfinished: save_file(state, unfinished, about))
-
-    on_rank_0(write)
+    path = s.folder / "checkpoint.safetensors"
+    on_rank_0(data.keep_lines, s.folder / "metrics.jsonl", step)  # they reach the disk before the checkpoint
+    on_rank_0(data.write_whole, path, lambda unfinished: save_file(state, unfinished, about))
 
 
-def load_checkpoint(
-    s: Settings, stage: str, weights: dict[str, Tensor], optimizer: AdamW
-) -> tuple[int, Tensor | None]:
+def load_checkpoint(s: Settings, stage: str, model: nn.Module, optimizer: AdamW) -> tuple[int, Tensor | None]:
     """Put back what save_checkpoint wrote of this stage, if it did: the steps done, the epoch's batches."""
-    path = Path(s.output_dir) / "checkpoint.safetensors"
     step, batches, moments = 0, None, {}
+    path = s.folder / "checkpoint.safetensors"
     if path.is_file():
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "pt") as file:  # reads tensor by tensor
             if file.metadata()["stage"] == stage:
                 step = int(file.metadata()["step"])
                 batches = file.get_tensor("batches")
-                for name, weight in weights.items():
-                    weight.data.copy_(file.get_tensor(f"weight {name}"))
                 for key in file.keys():
-                    if key.startswith("optimizer "):
-                        _, number, name = key.split(" ")
-                        moments.setdefault(int(number), {})[name] = file.get_tensor(key)
+                    kind, *name = key.split(" ")
+                    if kind == "weight":
+                        model.get_parameter(name[0]).data.copy_(file.get_tensor(key))
+                    if kind == "optimizer":
+                        moments.setdefault(int(name[0]), {})[name[1]] = file.get_tensor(key)
                 optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
                 say(f"{stage}: going on from step {step}")
     if stage == "policy":  # lines of later steps are written again
-        on_rank_0(lambda: data.keep_lines(path.with_name("metrics.jsonl"), step))
+        on_rank_0(data.keep_lines, s.folder / "metrics.jsonl", step)
     return step, batches
 
 
-def report_filter(
-    s: Settings, pairs: list[Pair], kept: Tensor, step1: Tensor, constants: dict[str, float]
-) -> None:
-    """Write filter.json, and say how many pairs each step removed."""
+def report_filter(s: Settings, pairs: list[Pair], kept: Tensor, step1: Tensor, constants: Constants) -> None:
+    """Write filter.json, and say how many pairs each step removed. Raises ValueError if too few are left."""
     step2 = torch.ones(len(pairs), dtype=torch.bool).index_fill(0, kept, False) & ~step1
     first = [pairs[i].source for i in step1.nonzero().flatten().tolist()]
     second = [pairs[i].source for i in step2.nonzero().flatten().tolist()]
     ratio = 1 - len(kept) / len(pairs)
-    results = {
-        **constants,
-        "ratio": ratio,
-        "kept": len(kept),
-        "removed_step1": first,
-        "removed_step2": second,
-    }
-    on_rank_0(lambda: data.write_json(Path(s.output_dir) / "filter.json", results))
+    results = {**constants, "ratio": ratio, "kept": len(kept)}
+    results.update({"removed_step1": first, "removed_step2": second})
+    on_rank_0(data.write_json, s.folder / "filter.json", results)
     say(f"filter: step 1 removed {len(first)}, step 2 {len(second)} of {len(pairs)} pairs ({ratio:.2%})")
     if len(kept) < s.batch_size:
         raise ValueError(f"the filter left {len(kept)} pairs, no batch of {s.batch_size}: filter less")
 
 
-def report_constants(s: Settings, constants: dict[str, float], count: int) -> None:
+def report_constants(s: Settings, constants: Constants, count: int) -> None:
     """Add the constants to config.json, and say them, and how many pairs there are to make batches of."""
-    path = Path(s.output_dir) / "config.json"
-    config = {**data.read_json(path), "constants": constants}
-    on_rank_0(lambda: data.write_json(path, config))
+    path = s.folder / "config.json"
+    on_rank_0(data.write_json, path, {**data.read_json(path), "constants": constants})
     say("constants: " + ", ".join(f"{name} {value:.4g}" for name, value in constants.items()))
     say(f"batches of {s.batch_size} from {count} pairs; {count % s.batch_size} others sit out in each epoch")
 
 
 def report_speed(s: Settings) -> None:
     """Say how fast the policy was trained, over all starts, and how much memory this process took."""
-    lines = data.read_lines(Path(s.output_dir) / "metrics.jsonl")
+    lines = data.read_lines(s.folder / "metrics.jsonl")
     seconds = sum(line["seconds"] for line in lines)
     pairs = sum(line["pairs"] for line in lines) / seconds
     tokens = sum(line["tokens"] for line in lines) / seconds
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB on Linux
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB on Linux
     memory = f"this process: peak memory {peak / 2**30:.2f} GiB"
     say(f"policy training: {pairs:.3g} pairs/s, {tokens:,.0f} tokens/s (a prompt counted once); {memory}")
 
@@ -613,12 +593,12 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-def on_rank_0(act: Callable[[], Any]) -> None:
-    """Do something once, when all ranks are here; they go on when it is done."""
+def on_rank_0(act: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """Call this once, when all ranks are here; they go on when it is done."""
     if dist.is_initialized():
         dist.barrier()
     if lm.rank_and_world()[0] == 0:
-        act()
+        act(*args, **options)
     if dist.is_initialized():
         dist.barrier()
 
@@ -653,7 +633,7 @@ def main() -> None:
     try:
         words = sys.argv[1:]
         if len(words) == 1 and words[0].endswith((".json", ".yaml", ".yml")):
-            words = words_of(yaml.safe_load(Path(words[0]).read_text(encoding="utf-8")))  # JSON is YAML
+            words = words_of(Path(words[0]))
         (s,) = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
         if "LOCAL_RANK" in os.environ:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -662,7 +642,7 @@ def main() -> None:
         else:
             rmo(s)
             report_speed(s)
-        evaluate.report_run(Path(s.output_dir), device)
+        evaluate.report_run(s.folder, device)
     except (ValueError, OSError, SafetensorError, yaml.YAMLError) as error:
         sys.exit(f"train.py: error: {error}")
     finally:
@@ -670,10 +650,10 @@ def main() -> None:
             dist.destroy_process_group()
 
 
-def words_of(flags: dict[str, Any]) -> list[str]:
-    """The command line for flags from a file."""
+def words_of(path: Path) -> list[str]:
+    """The command line for the flags in a file."""
     words = []
-    for name, value in flags.items():
+    for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():  # JSON is YAML
         if isinstance(value, list):
             words += [f"--{name}", *value]
         elif value is not None:
