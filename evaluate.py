@@ -410,17 +410,32 @@ def open_run(name: str | Path) -> Run:
     s = data.read_json(folder / "config.json", {}).get("settings")
     if s is None or not (folder / "policy").is_dir():
         raise ValueError(f"{folder}: no finished run (settings in config.json, policy/); train.py makes them")
+    if s["sft_model"]:  # its SFT is that of the run that trained it, if there is one
+        trained = data.read_json(Path(s["sft_model"]).parent / "config.json", {}).get("settings", {})
+        s.update({key: trained[key] for key in ("sft_epochs", "sft_lr") if key in trained})
     models = {"base": s["model"]}
     if s["sft_model"] or s["sft_epochs"]:
         models = {"SFT": s["sft_model"] or str(folder / "sft")}
-    plain, policy = f"plain {METHODS[s['objective']]}", "RMO"
-    if s["batching"] == "random" and s["lambda_reg"] == 0 and s["filter_ratio"] == 0 and s["tau"] is None:
+    plain, policy = f"plain {METHODS[s['objective']]}", method_of(s)
+    if policy == "plain":
         policy = plain
     elif s["proxy"] or (folder / "proxy").is_dir():
         models[plain] = s["proxy"] or str(folder / "proxy")
     models[policy] = str(folder / "policy")
     times = (folder / "metrics.jsonl").read_bytes()  # no other training has the same wall times
     return Run(folder, s, models, hashlib.sha256(times).hexdigest()[:16])
+
+
+def method_of(s: dict[str, Any]) -> str:
+    """RMO, or those of its three parts that these settings switch on, by the paper's names."""
+    parts = []
+    if s["batching"] != "random":
+        parts.append({"high": "High-Var", "low": "Low-Var"}[s["batching"]])
+    if s["tau"] is not None or s["filter_ratio"] != 0:
+        parts.append("Filter")
+    if s["lambda_reg"] != 0:
+        parts.append("Reg")
+    return "RMO" if parts == ["High-Var", "Filter", "Reg"] else " + ".join(parts) or "plain"
 
 
 def open_model(name: str) -> Run:
@@ -629,7 +644,7 @@ def report_run(folder: Path, device: Any) -> None:
             rates = f"{text(row.rate)} %, at equal lengths {text(row.controlled)} %"
             print(f"{row.model} against {row.baseline}: {winner} ({rates}; {apart:+.1f} errors from a draw)")
     show(report["wins"], report["margins"], report["filter"], [run])
-    step = f"generate {folder}"
+    step = f"generate {folder}" if report["margins"] else f"generate {folder} --instructions FILE"
     if (run.folder / "evaluation" / "model_outputs.json").is_file():
         step = f"judge {folder} --url URL"
     if report["wins"]:

@@ -6,9 +6,9 @@ that preference training starts from, `proxy` from that model after plain traini
 removes the pairs whose margin was negative and fell (Eq. 6 and 7). Step 2 keeps each remaining pair with a
 probability that grows with the size of its proxy margin (Eq. 8 and 9).
 
-    gamma = 0.01 * proxy.std().item()    # the paper's 1 is for margins with a standard deviation of 142
-    tau = tau_for_ratio(base, proxy, ratio=0.06, gamma=gamma)
-    kept = dual_denoising_filter(base, proxy, tau, gamma, torch.Generator().manual_seed(0))
+    sd = proxy.std().item()    # the paper's tau of 14 and gamma of 1 are for margins with an sd of 142
+    kept = dual_denoising_filter(base, proxy, 0.1 * sd, 0.01 * sd, torch.Generator().manual_seed(0))
+    tau = tau_for_ratio(base, proxy, ratio=0.2, gamma=0.01 * sd)    # or by what is to be removed in all
 
 Differs from the paper:
 1) Eq. 8 as printed, 0.5 [1 - tanh((x - tau) / gamma)], keeps the *small* margins. The text ("small margin

@@ -1763,8 +1763,8 @@ def command(*words, **settings):
     return [sys.executable, *words, "train.py", *flags]
 
 
-def start(words, **options):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def start(words, threads=1, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(words, cwd=HERE, text=True, env=environment, **pipes, **options)
 
@@ -2025,12 +2025,13 @@ def test_interrupted_and_run_again_ends_the_same(stage, number, whole_run, tmp_p
     assert not (out / "checkpoint.safetensors").exists()
 
 
-def test_ctrl_c_stops_in_the_middle_of_a_long_step():
+@pytest.mark.parametrize("threads", [1, 2])  # with two, numpy has a thread that may get the signal
+def test_ctrl_c_stops_in_the_middle_of_a_long_step(threads):
     code = (
         "import torch, train; torch.set_num_threads(1); train.stop_at_ctrl_c()\n"
         "x = torch.ones(9000, 9000); print('now', flush=True); x @ x; print('too late')"
     )
-    child = start([sys.executable, "-c", code])
+    child = start([sys.executable, "-c", code], threads)
     assert child.stdout.readline() == "now\n"
     time.sleep(0.2)
     child.send_signal(signal.SIGINT)
@@ -2146,6 +2147,14 @@ def test_one_ranks_error_ends_all_ranks(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_held_out_share_of_no_prompt_is_refused(tmp_path):
+    builtin_file(tmp_path / "pairs.jsonl")
+    words = ["--data", tmp_path / "pairs.jsonl", "--batch_size", 4, "--eval_share", 1e-6]
+    with pytest.raises(SystemExit, match="0 to test: raise --eval_share"):
+        main(*words, "--output_dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_folder_that_nodes_do_not_share_is_said_before_training(tmp_path):
     (tmp_path / "second").mkdir()
     text = as_on_two_machines(
@@ -2247,6 +2256,11 @@ def test_flags_may_stand_in_a_file(tmp_path, monkeypatch):
     assert seen == [train.Settings(lr=1e-5, batching="low", data=["a.json", "b.json"])] * 2
     with pytest.raises(SystemExit, match="learning_rate"):
         main(tmp_path / "b.yaml")
+    (tmp_path / "c.yaml").write_text("[lr, 1]")
+    with pytest.raises(SystemExit, match="must hold a line 'flag: value'"):
+        main(tmp_path / "c.yaml")
+    with pytest.raises(SystemExit, match="stands alone"):
+        main(tmp_path / "a.yaml", "--seed", 1)
 
 
 def test_lines_of_steps_after_the_checkpoint_are_written_again(whole_run, tmp_path):
@@ -2811,6 +2825,20 @@ def test_a_report_is_printed_again_without_a_model(runs, monkeypatch, capsys):
     assert capsys.readouterr().out == first
 
 
+@pytest.mark.parametrize(
+    ("flags", "method"),
+    [
+        ({}, "RMO"),
+        (PLAIN, "plain"),
+        ({"filter_ratio": 0.0, "lambda_reg": 0.0}, "High-Var"),
+        ({"batching": "low", "lambda_reg": 0.0, "tau": 1.0}, "Low-Var + Filter"),
+        ({"batching": "random", "filter_ratio": 0.0}, "Reg"),
+    ],
+)
+def test_a_policy_is_named_by_the_parts_that_were_on(flags, method):
+    assert evaluate.method_of(asdict(train.Settings(**flags))) == method
+
+
 def test_win_rates_of_samples_by_hand():
     """Two prompts of two comparisons each: 100 and 50 percent, so 75 with an error of 25 over prompts."""
     items = 2 * [Comparison("x", "aa", "b")] + 2 * [Comparison("y", "a", "bb")]
@@ -2827,6 +2855,9 @@ def test_a_run_that_needed_no_proxy_is_evaluated_without(tmp_path):
     other = make_run(tmp_path / "b", proxy="runs/dpo/policy", sft_model="runs/sft")
     models = {"SFT": "runs/sft", "plain DPO": "runs/dpo/policy", "RMO": str(other / "policy")}
     assert evaluate.open_run(other).models == models
+    trained = make_run(tmp_path / "c", sft_epochs=7, sft_lr=0.1)
+    ablation = evaluate.open_run(make_run(tmp_path / "d", sft_model=str(trained / "sft")))
+    assert (ablation.settings["sft_epochs"], ablation.settings["sft_lr"]) == (7, 0.1)
 
 
 def test_report_over_runs(runs, tmp_path, capsys):

@@ -318,11 +318,13 @@ class Settings:
 
     # Data
     data: list[str] | None = flag(None, "pairs: files or 'owner/name:path' on the hub (default: built-in)")
-    limit: int | None = flag(None, "a random K of the usable pairs of --data, drawn by seed")
+    limit: int | None = flag(None, "a random so many of the usable pairs of --data, drawn by seed")
     single_turn: bool = flag(False, "only pairs whose prompt is one user message")
     eval_data: list[str] | None = flag(None, "held-out pairs, in the same forms")
     eval_share: float = flag(0.0, "or this share, 0 to 0.9, of the prompts of --data, drawn by seed")
-    chat: Literal["auto", "always", "never"] = flag("auto", "template for messages; for strings too; never")
+    chat: Literal["auto", "always", "never"] = flag(
+        "auto", "template for messages (auto), for strings too, or never"
+    )
     chat_template: str | None = flag(None, "file with a Jinja chat template, for a tokenizer that has none")
     max_length: int = flag(1024, "tokens of a prompt and one response; what is more is cut off")
     max_prompt_length: int | None = flag(None, "tokens of a prompt (default: what is left, at least half)")
@@ -449,6 +451,8 @@ def prepare(s: Settings) -> tuple[Any, list[Pair], list[Pair]]:
         say(data.show(pair, tokenizer))
     if s.batch_size > len(pairs) or (s.sft_epochs and s.batch_size > len(sft_pairs)):
         raise ValueError(f"{counts}: no batch of {s.batch_size}; give more data, or a smaller --batch_size")
+    if s.eval_share and not splits.held_out:
+        raise ValueError(f"{counts}: raise --eval_share, {s.eval_share} of so few prompts is none")
 
     model = lm.load_model(s.sft_model or s.model, s.seed).to(lm.choose_device())
     everything = pairs + splits.sft + splits.held_out
@@ -613,10 +617,13 @@ def from_rank_0(tensor: Tensor) -> Tensor:
 
 def stop_at_ctrl_c() -> None:
     """Ctrl-C ends the process at once, in the middle of a step too: files appear whole or not at all."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGINT, lambda number, frame: None)  # Python's own waits for the running operation
+    signal.set_wakeup_fd(writer)  # is written to at once, whichever thread gets the signal
 
     def wait() -> None:
-        signal.sigwait({signal.SIGINT})
+        os.read(reader, 1)
         say("\ntrain.py: stopped; the same command goes on from what is finished")
         os._exit(130)
 
@@ -628,11 +635,13 @@ def main() -> None:
     parser = HfArgumentParser(Settings, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
     parser.description = Settings.__doc__
     parser.usage = "train.py [--flag value ...] or train.py settings.yaml"
-    stop_at_ctrl_c()  # before CUDA starts threads of its own
+    stop_at_ctrl_c()
     device = lm.choose_device()
     try:
         words = sys.argv[1:]
-        if len(words) == 1 and words[0].endswith((".json", ".yaml", ".yml")):
+        if words and words[0].endswith((".json", ".yaml", ".yml")):
+            if len(words) > 1:
+                raise ValueError(f"{words[0]} stands alone: write the other flags into it")
             words = words_of(Path(words[0]))
         (s,) = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
         if "LOCAL_RANK" in os.environ:
@@ -651,9 +660,12 @@ def main() -> None:
 
 
 def words_of(path: Path) -> list[str]:
-    """The command line for the flags in a file."""
+    """The command line for the flags in a file. Raises ValueError if it holds none."""
+    flags = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    if not isinstance(flags, dict):
+        raise ValueError(f"{path}: must hold a line 'flag: value' for each flag")
     words = []
-    for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():  # JSON is YAML
+    for name, value in flags.items():
         if isinstance(value, list):
             words += [f"--{name}", *value]
         elif value is not None:
