@@ -569,9 +569,9 @@ def test_readmes_memory_of_the_papers_models(name):
     lm.add_lora(model, 8, 0)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     assert (6 * model.num_parameters() + 12 * trained) / gib == pytest.approx(lora, abs=0.06)
-    none, one = (bytes_kept(papers_model(name, num_hidden_layers=n, vocab_size=64), 24) for n in (0, 1))
+    none, one = (bytes_kept(papers_model(name, num_hidden_layers=n, vocab_size=64), 12) for n in (0, 1))
     layers = PAPERS_MODELS[name][1][2]
-    assert layers * (one - none) / 24 / 2**20 == pytest.approx(activations, rel=0.05)
+    assert layers * (one - none) / 12 / 2**20 == pytest.approx(activations, rel=0.05)
 
 
 def plain_products():
@@ -2025,13 +2025,12 @@ def test_interrupted_and_run_again_ends_the_same(stage, number, whole_run, tmp_p
     assert not (out / "checkpoint.safetensors").exists()
 
 
-@pytest.mark.parametrize("threads", [1, 2])  # with two, numpy has a thread that may get the signal
-def test_ctrl_c_stops_in_the_middle_of_a_long_step(threads):
+def test_ctrl_c_stops_in_the_middle_of_a_long_step():
     code = (
         "import torch, train; torch.set_num_threads(1); train.stop_at_ctrl_c()\n"
         "x = torch.ones(9000, 9000); print('now', flush=True); x @ x; print('too late')"
     )
-    child = start([sys.executable, "-c", code], threads)
+    child = start([sys.executable, "-c", code], threads=2)  # numpy's second one may get the signal
     assert child.stdout.readline() == "now\n"
     time.sleep(0.2)
     child.send_signal(signal.SIGINT)
