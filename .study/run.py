@@ -187,8 +187,9 @@ def run_arm(
     key = {"family": family, "arm": arm.name, "seed": seed}
     with lock:
         rows = data.read_json(args.results, [])
-    if any({name: row[name] for name in key} == key for row in rows):
-        return True
+    known = [row for row in rows if {name: row[name] for name in key} == key]
+    if known and (arm.name != "plain" or (out / "policy").is_dir()):
+        return True  # a plain run whose folder is gone is made again, since the other arms start from it
     program = f"variants.py {arm.kind}" if arm.kind else "../train.py"
     words = f"{program} --output_dir {out} {arm.flags}".format(**places).split()
     began = time.time()
@@ -200,6 +201,12 @@ def run_arm(
     row["seconds"] = round(seconds)
     if family == "hh":
         row["judge_accuracy"] = judge_accuracy(args, out)
+    if known:
+        if known[0]["wins"] != row["wins"]:
+            sys.exit(
+                f"run.py: {out} made again gives {row['wins']}, not {known[0]['wins']}: another processor?"
+            )
+        return True
     with lock:
         rows = data.read_json(args.results, [])
         data.write_json(args.results, [*rows, row])
