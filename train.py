@@ -527,9 +527,14 @@ def save_checkpoint(
         for name, moment in moments.items():
             state[f"optimizer {number} {name}"] = moment
     about = {"stage": stage, "step": str(step)}
-    path = s.folder / "checkpoint.safetensors"
-    on_rank_0(data.keep_lines, s.folder / "metrics.jsonl", step)  # they reach the disk before the checkpoint
-    on_rank_0(data.write_whole, path, lambda unfinished: save_file(state, unfinished, about))
+
+    def write() -> None:
+        with (s.folder / "metrics.jsonl").open("a") as log:
+            os.fsync(log.fileno())  # the lines of these steps reach the disk first
+        path = s.folder / "checkpoint.safetensors"
+        data.write_whole(path, lambda unfinished: save_file(state, unfinished, about))
+
+    on_rank_0(write)
 
 
 def load_checkpoint(s: Settings, stage: str, model: nn.Module, optimizer: AdamW) -> tuple[int, Tensor | None]:
