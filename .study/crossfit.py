@@ -49,7 +49,8 @@ def main() -> None:
         base = run / "sft"
 
     place = {pair.source: i for i, pair in enumerate(pairs)}
-    first, second = data.split_by_prompt(pairs, (0.5,), s.seed)
+    # Not by the run's own seed: by that, the SFT part was drawn, and these pairs all lie in the rest's range.
+    first, second = data.split_by_prompt(pairs, (0.5,), s.seed + 1_000_000)
     scores = torch.zeros_like(reference)  # [N, 2], by the proxy of the other half
     for number, (seen, unseen) in enumerate([(first, second), (second, first)], start=1):
         theirs = reference[[place[pair.source] for pair in seen]]

@@ -7,7 +7,8 @@
 A family is an objective with its beta, on one task. A seed's runs follow one another: first plain training,
 which makes the SFT model and is the proxy, then the arms, which share both. --jobs seeds run at a time, one
 core each. A run that is in results.json is skipped; one that stopped goes on. Rows are written as they come.
-Only one such command at a time: each one rewrites results.json.
+A run that failed or was refused has a row with the reason, and runs again. Stop it with Ctrl-C, which reaches
+its runs too. Only one such command at a time: each one rewrites results.json.
 """
 
 import argparse
@@ -61,6 +62,7 @@ STEP_1 = f"{RANDOM} --tau -1000 {NO_REG}"  # with random batches, no step 2, no 
 OWN_CROSSFIT = "--scores {own}/crossfit-{seed}/crossfit.safetensors"
 DPO_CROSSFIT = "--scores {dpo}/crossfit-{seed}/crossfit.safetensors"
 DPO_SCORES = "--scores {dpo}/step1-{seed}/margins.safetensors"
+STARTED_FROM = ("plain", "step1")  # arms whose run folders others need
 
 ARMS = [
     # Tables 1, 2 and 4
@@ -170,49 +172,52 @@ def run_family(args: argparse.Namespace, family: str, seed: int, lock: Any) -> N
     shared = f"{common} --proxy {plain}/policy"
     if builtin:
         shared += f" --sft_model {args.runs}/dpo/plain-{seed}/sft"
-    if "labels" in args.groups:
+    chosen = [arm for arm in ARMS if arm.group in args.groups and (not args.arms or arm.name in args.arms)]
+    if any("/crossfit-" in arm.kind for arm in chosen):
         words = ["crossfit.py", plain, "--out", f"{own}/crossfit-{seed}"]
         if start(words, Path(f"{own}/crossfit-{seed}.log")) != 0:
             print(f"{family} crossfit {seed}: failed, see {own}/crossfit-{seed}.log", flush=True)
-    for arm in ARMS:
-        if arm.group in args.groups and (not args.arms or arm.name in args.arms):
-            run_arm(args, family, arm._replace(flags=f"{shared} {arm.flags}"), seed, places, lock)
+    for arm in chosen:
+        run_arm(args, family, arm._replace(flags=f"{shared} {arm.flags}"), seed, places, lock)
 
 
 def run_arm(
     args: argparse.Namespace, family: str, arm: Arm, seed: int, places: dict[str, Any], lock: Any
 ) -> bool:
-    """One run, unless its row is there; whether it is done. One that fails is named, and has no row."""
+    """One run, unless its row is there; whether it is done. One that fails has a row that says so."""
     out = Path(f"{args.runs}/{family}/{arm.name}-{seed}")
     key = {"family": family, "arm": arm.name, "seed": seed}
     with lock:
         rows = data.read_json(args.results, [])
-    known = [row for row in rows if {name: row[name] for name in key} == key]
-    if known and (arm.name != "plain" or (out / "policy").is_dir()):
-        return True  # a plain run whose folder is gone is made again, since the other arms start from it
+    known = next((row for row in rows if matches(row, key) and "failed" not in row), None)
+    if known and (arm.name not in STARTED_FROM or known["wins"] == win_rates(out)):
+        return True
     program = f"variants.py {arm.kind}" if arm.kind else "../train.py"
     words = f"{program} --output_dir {out} {arm.flags}".format(**places).split()
+    row = {**key, "group": arm.group, "kind": arm.kind.split()[0] if arm.kind else ""}
     began = time.time()
-    if start(words, Path(f"{out}.log")) != 0 or (family == "hh" and not judge_outputs(args, out, seed)):
-        print(f"{family} {arm.name} {seed}: failed, {last_line(Path(f'{out}.log'))}", flush=True)
-        return False
+    done = start(words, Path(f"{out}.log")) == 0 and (family != "hh" or judge_outputs(args, out, seed))
     seconds = time.time() - began
-    row = {**key, "group": arm.group, "kind": arm.kind.split()[0] if arm.kind else "", **measure(out)}
-    row["seconds"] = round(seconds)
-    if family == "hh":
-        row["judge_accuracy"] = judge_accuracy(args, out)
-    if known:
-        if known[0]["wins"] != row["wins"]:
-            sys.exit(
-                f"run.py: {out} made again gives {row['wins']}, not {known[0]['wins']}: another processor?"
-            )
-        return True
+    if done:
+        row |= {**measure(out), "seconds": round(seconds)}
+        if family == "hh":
+            row["judge_accuracy"] = judge_accuracy(args, out)
+        result = {judge: round(wins["rate"], 1) for judge, wins in row["wins"].items()}
+    else:
+        row["failed"] = result = last_line(Path(f"{out}.log"))
+    print(f"{family} {arm.name} {seed}: {result} in {seconds:.0f} s", flush=True)
+    if known:  # its folder was gone, and other arms start from it: unless it is the same, they are not paired
+        if done and known["wins"] != row["wins"]:
+            sys.exit(f"run.py: {out} made again gives {row['wins']}, not {known['wins']}: another processor?")
+        return done
     with lock:
-        rows = data.read_json(args.results, [])
-        data.write_json(args.results, [*rows, row])
-    rates = {judge: round(wins["rate"], 1) for judge, wins in row["wins"].items()}
-    print(f"{family} {arm.name} {seed}: {rates} in {seconds:.0f} s", flush=True)
-    return True
+        others = [other for other in data.read_json(args.results, []) if not matches(other, key)]
+        data.write_json(args.results, [*others, row])
+    return done
+
+
+def matches(row: dict[str, Any], key: dict[str, Any]) -> bool:
+    return all(row[name] == value for name, value in key.items())
 
 
 def start(words: list[str], log: Path) -> int:
@@ -265,7 +270,8 @@ def measure(out: Path) -> dict[str, Any]:
             settings[name] = without_folders(value)
     row = {"settings": settings, "beta": config["settings"]["beta"], "constants": config["constants"]}
     row["versions"] = config["versions"]
-    row["wins"] = win_rates(out, report)
+    row["processor"] = torch.backends.cpu.get_cpu_capability()
+    row["wins"] = win_rates(out)
     if report["held_out"]:
         before, *_, after = [torch.tensor(values) for values in report["held_out"].values()]
         row["base"] = margin_numbers(before)
@@ -290,8 +296,10 @@ def without_folders(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and "/" in value else value
 
 
-def win_rates(out: Path, report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Of the policy against the model that training started from, by judge; in percent and characters."""
+def win_rates(out: Path) -> dict[str, dict[str, float]]:
+    """Of the policy against the model that training started from, by judge; in percent and characters. {} of
+    a run that is not finished."""
+    report = data.read_json(out / "report.json", {"wins": [], "held_out": {}})
     judgements = data.read_json(out / "evaluation" / "judgements.json", {}).values()
     rows = report["wins"] + [one["wins"] for one in judgements]
     models = list(report["held_out"])  # from the one that training started from to the policy
@@ -306,6 +314,8 @@ def win_rates(out: Path, report: dict[str, Any]) -> dict[str, dict[str, float]]:
             numbers["length"] = row["length"][0]
             numbers["baseline_length"] = row["baseline_length"][0]
             judge = row["judge"] if row["judge"] == "true reward" else "judge"
+            if judge == "judge":  # a prompt that was answered with nothing has no verdict
+                numbers["missing"] = row["prompts"] - row["verdicts"]
             wins[judge] = {name: value for name, value in numbers.items() if not math.isnan(value)}
     return wins
 

@@ -122,8 +122,12 @@ class Study(NamedTuple):
             return None
         return gain_of([(before[seed], after[seed]) for seed in sorted(before) if seed in after])
 
+    def seeds(self, family: str) -> set[int]:
+        """That any arm was tried with."""
+        return {row["seed"] for row in self.rows if row["family"] == family}
+
     def most_seeds(self, family: str) -> int:
-        return len(self.values(family, self.against, rate))
+        return len(self.seeds(family))
 
 
 # --------------------------------------------------------------------------------------------------- measures
@@ -171,8 +175,8 @@ def ratio(row: Row) -> float | None:
 
 
 def beta_sd(row: Row) -> float | None:
-    sd = row.get("constants", {}).get("sd")
-    return None if sd is None else row["beta"] * sd
+    """Of the proxy's margins; a run without a proxy has the base's sd among its constants."""
+    return row["beta"] * row["constants"]["sd"] if "partitions" in row else None
 
 
 def minutes(row: Row) -> float | None:
@@ -263,12 +267,18 @@ def main_table(study: Study) -> str:
 
 
 def gains_table(study: Study, title: str, arms: dict[str, str], families: list[str]) -> str:
-    """Gains in win rate, a column a family."""
-    header = [f"gain in win rate over {study.against}", *[NAMES[family] for family in families]]
+    """Gains in win rate, and at equal lengths, two columns a family."""
+    header = [f"gain in win rate over {study.against}"]
+    for family in families:
+        header += [NAMES[family], "at equal lengths"]
     rows = []
     for arm, name in arms.items():
-        gains = [gain_cell(study.gain(f, arm, rate), study.most_seeds(f)) for f in families]
-        rows.append([name, *gains])
+        cells = [name]
+        for family in families:
+            most = study.most_seeds(family)
+            cells.append(gain_cell(study.gain(family, arm, rate), most))
+            cells.append(gain_cell(study.gain(family, arm, controlled), most))
+        rows.append(cells)
     return section(title, header, rows)
 
 
@@ -307,7 +317,7 @@ def ratio_curve(study: Study, family: str) -> str:
         cells.append(gain_cell(study.gain(family, arm, rate), most))
         cells.append(gain_cell(study.gain(family, arm, controlled), most))
         rows.append(cells)
-    note = "A ratio below what step 1 alone removes is refused: the seeds named are those where it was not."
+    note = "A ratio below what step 1 alone removes is refused; where it was is said under Missing runs."
     return section(f"Figure 5: by filter ratio, {NAMES[family]}", header, rows, note)
 
 
@@ -344,12 +354,13 @@ def table_3(study: Study) -> str:
 
 
 def small_beta_table(study: Study) -> str:
-    header = ["DPO, β = 0.1", "win rate %", "gain", "variance of held-out margins (nats²)"]
-    header += ["characters of a response", "β · sd"]
+    header = ["DPO, β = 0.1", "win rate %", "gain", "gain at equal lengths"]
+    header += ["variance of held-out margins (nats²)", "characters of a response", "β · sd"]
     rows = []
     for arm, name in {**TABLE_ARMS, **FILTERS}.items():
         cells = [name, mean_cell(study.mean("dpo-0.1", arm, rate))]
-        cells.append(gain_cell(study.gain("dpo-0.1", arm, rate), study.most_seeds("dpo-0.1")))
+        for measure in (rate, controlled):
+            cells.append(gain_cell(study.gain("dpo-0.1", arm, measure), study.most_seeds("dpo-0.1")))
         cells += [mean_cell(study.mean("dpo-0.1", arm, one)) for one in (variance, length, beta_sd)]
         rows.append(cells)
     return section("Small β · sd", header, rows, seeds_of(study, ["dpo-0.1"]))
@@ -371,7 +382,9 @@ def hh_tables(study: Study) -> str:
         cells.append(mean_cell(study.mean("hh", arm, length)))
         rows.append(cells)
     right = mean_cell(study.mean("hh", "plain", judge_accuracy))
-    first = section("HH", header, rows, f"The judge is right on {right} % of the labels.")
+    missing = sum(wins(row).get("missing", 0) for row in study.rows if row["family"] == "hh")
+    note = f"The judge is right on {right} % of the labels. Prompts without a verdict, all runs: {missing}."
+    first = section("HH", header, rows, note)
 
     arms = [arm for arm in TABLE_ARMS if study.values("hh", arm, rate)]
     by_seed = []
@@ -381,6 +394,18 @@ def hh_tables(study: Study) -> str:
         by_seed.append([str(seed), f"{right:.1f}", *cells])
     header = ["seed", "judge right on %", *[TABLE_ARMS[arm] for arm in arms]]
     return first + "\n" + section("HH, win rates by seed", header, by_seed)
+
+
+def missing_table(study: Study) -> str:
+    """Seeds that an arm lacks and others of its family have: diverged, refused, or not yet run."""
+    rows = []
+    for family, name in NAMES.items():
+        mine = [row for row in study.rows if row["family"] == family]
+        for arm in dict.fromkeys(row["arm"] for row in mine):
+            for seed in sorted(study.seeds(family) - study.values(family, arm, rate).keys()):
+                reasons = [row["failed"] for row in mine if (row["arm"], row["seed"]) == (arm, seed)]
+                rows.append([f"{name}, {arm}", str(seed), reasons[0] if reasons else "not run"])
+    return section("Missing runs", ["arm", "seed", "why"], rows)
 
 
 def time_table(study: Study) -> str:
@@ -407,6 +432,7 @@ def all_tables(study: Study) -> str:
         beta_table(study),
         small_beta_table(study),
         hh_tables(study),
+        missing_table(study),
         time_table(study),
     ]
     return "\n".join(tables)
@@ -430,7 +456,8 @@ def made_up() -> list[Row]:
                 row["filter"] = {"ratio": 14.0, "step1": part, "step2": {"share": 0.0}}
                 row["partitions"] = {"low": {"variance": 0.1, "bound": 0.1}}
             rows.append(row)
-    return rows
+    refused = {"family": "dpo", "arm": "high", "seed": 31, "failed": "ValueError: refused"}
+    return [*rows, refused]
 
 
 def check() -> None:
@@ -451,7 +478,9 @@ def check() -> None:
     assert "| DPO | 7.5 ± 0.0 |" in beta_table(study)
     assert "| default, 1.2 ± 0.0 | **+3.0 ± 2.5** |" in lambda_curve(study, "dpo")
     assert "No rows yet." in hh_tables(study)
-    assert all_tables(Study([])).count("No rows yet.") == 15
+    assert "| DPO, high | 31 | ValueError: refused |" in missing_table(study)
+    assert "| DPO, high | 32 | not run |" in missing_table(study)
+    assert all_tables(Study([])).count("No rows yet.") == 16
     print("tables.py: the sums are right")
 
 
