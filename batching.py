@@ -5,22 +5,23 @@ Splits N pairs into n batches of m so that the margins inside each batch vary as
 
     sum of batch variances = (N/m) mean(margin^2) - sum of (batch mean)^2,
 
-Eq. 10 asks for batches with equal means, and (N/m) Var(all margins) is the most that can be reached.
-A random split has (1 - 1/m) of it in expectation: at m = 16, 1/15 = 6.7 % is to gain (Table 3: 7.0 to 8.1 %).
+Eq. 10 asks for batches with equal means, and (N/m) Var(all margins) is an upper bound. A random split has
+(1 - 1/m) of it in expectation: at m = 16, 1/15 = 6.7 % is to gain (Table 3: 7.0 to 8.1 %, on one draw each).
 Swapping a in B_p with b in B_q changes only the two batch sums. With d = b - a the total grows by
 
     -2 d (S_p - S_q + d) / m^2,
 
-and no variance is computed again. Swaps between disjoint pairs of batches do not touch one another. So one
-sweep, in which every batch meets one other, is a few vector operations and still Algorithm 1.
+and no variance is computed again. In one sweep every batch meets one other. Their swaps do not touch one
+another, so a sweep is a few vector operations and still Algorithm 1.
 
     batches = high_variance_batches(margins, 16, torch.Generator().manual_seed(epoch))  # [n, 16]
 
 Differs from the paper:
-1) Swaps come in sweeps; epsilon and patience count sweeps.
-2) a is random and b is its best partner in B_q, not random too: the bound is reached much sooner.
+1) Swaps come in sweeps; patience counts sweeps, not swaps.
+2) a is random and b is its best partner in B_q, not random too: it nears the bound much sooner.
 3) Algorithm 1 appends an "improvement" to Q but divides by Q[-k]. Here Q holds the total variance.
-4) epsilon is 1e-8 over 50 sweeps, not 0.1 %: sweeps are cheap, and end within 0.001 % of the bound.
+4) epsilon is 1e-8 over 50 sweeps, not 0.1 %: sweeps are cheap, and end within 0.001 % of the bound where
+   batches can be balanced at all (N = 8,000 margins, m = 16).
 5) N = n m in the paper. Here the N mod m pairs left over, drawn at random, sit out.
 
 To borrow: copy this file; it imports torch only. Margins are float [N], on any device. Batches are long
@@ -38,15 +39,15 @@ def total_variance(margins: Tensor, batches: Tensor) -> Tensor:
 
 
 def variance_bound(margins: Tensor, batch_size: int) -> Tensor:
-    """The largest total variance that any split into batches of this size can have: (N/m) Var(margins)."""
+    """What no split into batches of this size exceeds in total variance: (N/m) Var(margins)."""
     return margins.double().cpu().var(unbiased=False) * len(margins) / batch_size
 
 
 def stratified_batches(margins: Tensor, batch_size: int) -> Tensor:
     """The start of Algorithm 1: batch j takes the sorted margins j, j + n, j + 2n, ...: long [n, m].
 
-    If N is not a multiple of m, evenly spaced ranks are used. Nothing is random: batches come in the order
-    of j.
+    Called with N not a multiple of m, it takes evenly spaced ranks; Algorithm 1 drops the rest before.
+    Nothing is random: batches come in the order of j.
     """
     n = _batch_count(margins, batch_size)
     ranks = torch.arange(n * batch_size) * len(margins) // (n * batch_size)  # 0, 1, 2, ... if N = n m
@@ -75,7 +76,7 @@ def high_variance_batches(
     n, m = batches.shape
     totals = [grid.var(dim=1, unbiased=False).sum().item()]  # Q
     for _ in range(max_sweeps):
-        # Line 12: every batch meets one other, B_p and B_q.
+        # Line 12: batches meet two by two, B_p and B_q; of an odd number one waits.
         p, q = torch.randperm(n, generator=generator)[: n // 2 * 2].view(2, -1)  # [n/2] each
         # Line 13: a at a random place i of B_p, and b at the place j of B_q where the swap gains most.
         i = torch.randint(m, (len(p),), generator=generator)

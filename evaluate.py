@@ -163,12 +163,15 @@ def gumbel_noise(seeds: list[int], temperature: float, device: Any) -> Any:
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     """AlpacaEval's rows by instruction, with prompts: their own, text or messages, else a user's message."""
-    rows = {}
-    for row in data.read_json(path, []):
+    rows, given = {}, data.read_json(path, [])
+    for row in given:
         prompt = row.get("prompt", [{"role": "user", "content": row["instruction"]}])
         if isinstance(prompt, str) and prompt.startswith('[{"role": '):
             prompt = json.loads(prompt)  # write_outputs writes messages as text: alpaca_eval takes no lists
         rows[row["instruction"]] = {**row, "prompt": prompt}
+    if len(rows) < len(given):
+        repeated = f"{len(given) - len(rows)} of {len(given)} rows repeat an instruction"
+        print(f"{path}: {repeated}, of which the last one stands")
     return rows
 
 
@@ -256,7 +259,7 @@ def ask_endpoint(items: list[Comparison], args: Any, stored: Path) -> list[float
     url = args.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
     template = Path(args.judge_prompt).read_text(encoding="utf-8") if args.judge_prompt else JUDGE_PROMPT
     options = {"max_tokens": 1, "temperature": 1, "top_p": 1.0, "logprobs": True, "top_logprobs": 5}
-    questions, switched, lock = {}, [], threading.Lock()
+    questions, keys, switched, lock = {}, [], [], threading.Lock()  # keys: of each item's question
     for prompt, *outputs in items:
         text = data.prompt_text(prompt)
         # AlpacaEval's draw at its seed 0: whether the judge sees the model's output first
@@ -264,7 +267,8 @@ def ask_endpoint(items: list[Comparison], args: Any, stored: Path) -> list[float
         if switched[-1]:
             outputs.reverse()
         body = {"model": args.judge_model, "messages": judge_messages(template, text, *outputs), **options}
-        questions[hashlib.sha256(json.dumps([url, body]).encode()).hexdigest()] = body
+        keys.append(hashlib.sha256(json.dumps([url, body]).encode()).hexdigest())
+        questions[keys[-1]] = body
     answers = dict(data.read_lines(stored))
     missing = [key for key in questions if read_verdict(answers.get(key, {})) is None]
 
@@ -280,9 +284,9 @@ def ask_endpoint(items: list[Comparison], args: Any, stored: Path) -> list[float
             pool.shutdown(cancel_futures=True)  # what is under way is paid for: it ends, and is stored
             rest = f"{stored} keeps the answers, the same command goes on"
             raise ValueError(f"{str(error) or 'stopped'}; {rest}") from None
-    verdicts = [read_verdict(answers[key]) for key in questions]
-    unread = [answers[key] for key, verdict in zip(questions, verdicts) if verdict is None]
-    hard = sum(not answers[key].get("logprobs") for key in questions)
+    verdicts = [read_verdict(answers[key]) for key in keys]
+    unread = [answers[key] for key, verdict in zip(keys, verdicts) if verdict is None]
+    hard = sum(not answers[key].get("logprobs") for key in keys)
     print(f"{args.judge_model}: {len(missing)} of {len(items)} asked now, {hard} without log-probabilities")
     if len(unread) > len(items) / 10:
         print(f"WARNING: {len(unread)} of {len(items)} are no verdict, such as {str(unread[0])[:300]}")
@@ -787,6 +791,9 @@ def density(axis: Any, values: Any, label: str) -> None:
     axis.set(ylabel="density (peak = 1)", ylim=(0, None))
 
 
+NO_HELD_OUT = "it needs held-out pairs: train with --eval_share or --eval_data"
+
+
 def draw(name: str, figure: Any, groups: list[Group]) -> None:
     """One figure. Raises ValueError that says what is missing for it."""
     run = groups[0].runs[0]
@@ -821,6 +828,8 @@ def draw(name: str, figure: Any, groups: list[Group]) -> None:
             placed.append(group._replace(place=weight))
         rates(right, placed, {"lambda_reg"}, "λ")
         arms = alike([group for group in placed if group.margins], SEEDS | {"lambda_reg"})
+        if not arms:
+            raise ValueError(NO_HELD_OUT)
         arm = sorted(max(arms, key=len), key=place_of)
         values, errors = zip(*[group.margins[0].accuracy for group in arm])
         middle.errorbar(
@@ -840,7 +849,7 @@ def draw(name: str, figure: Any, groups: list[Group]) -> None:
     else:
         held_out = make_report(run, None)["held_out"]
         if not held_out:
-            raise ValueError("it needs held-out pairs: train with --eval_share or --eval_data")
+            raise ValueError(NO_HELD_OUT)
         axis = figure.subplots()
         for label, margins in held_out.items():
             density(axis, margins, label)

@@ -6,7 +6,7 @@ that preference training starts from, `proxy` from that model after plain traini
 removes the pairs whose margin was negative and fell (Eq. 6 and 7). Step 2 keeps each remaining pair with a
 probability that grows with the size of its proxy margin (Eq. 8 and 9).
 
-    sd = proxy.std().item()    # the paper's tau of 14 and gamma of 1 are for margins with an sd of 142
+    sd = proxy.std(unbiased=False).item()    # the paper's tau of 14 and gamma of 1 are for an sd of 142
     kept = dual_denoising_filter(base, proxy, 0.1 * sd, 0.01 * sd, torch.Generator().manual_seed(0))
     tau = tau_for_ratio(base, proxy, ratio=0.2, gamma=0.01 * sd)    # or by what is to be removed in all
 
@@ -19,6 +19,8 @@ Differs from the paper:
 
 To borrow: copy this file; it imports torch only.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -41,10 +43,11 @@ def margin_decrease(base: Tensor, proxy: Tensor) -> Tensor:
 def retention_probability(proxy: Tensor, tau: float, gamma: float = 1.0) -> Tensor:
     """Step 2: the probability of keeping each pair, float64 [N]; 0.5 where |proxy| = tau.
 
-    tau, gamma: threshold and its width, in the margins' unit. Raises ValueError unless gamma > 0.
+    tau, gamma: threshold and its width, in the margins' unit. Raises ValueError unless both are finite and
+    gamma > 0.
     """
-    if not gamma > 0:
-        raise ValueError(f"gamma must be positive, not {gamma}: it is the width of the soft threshold")
+    if not (0 < gamma < math.inf and math.isfinite(tau)):
+        raise ValueError(f"tau must be finite, and gamma positive and finite: not {tau} and {gamma}")
     return 0.5 * (1 + torch.tanh((proxy.double().abs() - tau) / gamma))  # Eq. 8, see 1) above
 
 
@@ -84,8 +87,8 @@ def dual_denoising_filter(
 ) -> Tensor:
     """Both steps: the indices of the pairs to train on, long [K], ascending.
 
-    generator: a CPU generator, for Eq. 9. Every pair has a number of its own in that draw, so its fate does
-    not depend on other pairs' margins. Raises ValueError as the functions above.
+    generator: a CPU generator, for Eq. 9. One number is drawn for every pair, removed or not, so its fate
+    does not depend on other pairs' margins. Raises ValueError as the functions above.
     """
     decrease = margin_decrease(base, proxy)
     draw = torch.rand(len(proxy), dtype=torch.float64, generator=generator).to(proxy.device)

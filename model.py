@@ -12,6 +12,8 @@ Logits are computed at response positions only, their log-softmax in float32, a 
 are float32 (bf16 autocast on CUDA), dropout is off. Only safetensors are read, no remote code is run.
 """
 
+import copy
+import hashlib
 import os
 from os.path import commonprefix  # of any sequences
 from pathlib import Path
@@ -98,6 +100,15 @@ def load_model(name: str | Path, seed: int = 0) -> nn.Module:
     return _from_pretrained(transformers.AutoModelForCausalLM, name, **options)
 
 
+def weights_fingerprint(name: str | Path) -> str:
+    """Of the weights in a model folder, in 16 hex digits; all that is no folder has the same."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(name).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
 def _from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
     folder = Path(name)
     if (folder / "adapter_config.json").is_file():
@@ -135,11 +146,14 @@ def builtin_model(seed: int) -> nn.Module:
 
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Write a Hugging Face folder, whole or not at all; its responses end where supervised ones do."""
-    model.generation_config.eos_token_id = end_tokens(model, tokenizer)
+    generation = copy.deepcopy(model.generation_config)
+    generation.eos_token_id = end_tokens(model, tokenizer)
 
     def write(unfinished: Path) -> None:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        # transformers would refuse to save a changed one that was odd before (a temperature, no sampling).
+        generation.to_json_file(unfinished / "generation_config.json")
 
     write_whole(folder, write)
 
@@ -212,7 +226,7 @@ def merge_lora(model: nn.Module) -> None:
     """Fold LoRA into the weights, in place: what is left is the plain model. Without LoRA nothing happens."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoRALinear):
-            update = 2.0 * layer.b.data.double() @ layer.a.data.double()  # not in TF32
+            update = 2.0 * layer.b.data.double() @ layer.a.data.double()
             layer.linear.weight.data += update.float()
             model.set_submodule(name, layer.linear)
 
@@ -292,7 +306,7 @@ def score_pairs(
 def takes_one_row(model: nn.Module, pairs: list[Pair]) -> bool:
     """Whether one row a pair gives this model the scores of two; tried once, and kept as model.one_row.
 
-    Not so where the mask is not ours to give (sliding windows, recurrent layers), or without position ids.
+    False if the model makes its own mask (sliding windows, recurrent layers), or takes no position ids.
     """
     if not hasattr(model, "one_row"):
         model.one_row = all(_rows_agree(model, pair) for pair in probes(pairs))

@@ -276,8 +276,9 @@ def test_filter_refuses_what_cannot_be():
     for wrong in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match="ratio"):
             filtering.tau_for_ratio(base, proxy, wrong)
-    with pytest.raises(ValueError, match="gamma"):
-        filtering.retention_probability(proxy, 1.0, -1.0)
+    for tau, gamma in [(1.0, -1.0), (math.nan, 1.0), (1.0, math.inf)]:
+        with pytest.raises(ValueError, match="gamma"):
+            filtering.retention_probability(proxy, tau, gamma)
     with pytest.raises(ValueError, match="finite"):
         filtering.margin_decrease(base, proxy * math.nan)
     with pytest.raises(ValueError, match=r"\[10\] and \[9\]"):
@@ -745,6 +746,18 @@ def test_a_saved_model_stops_where_training_supervised_the_end(tmp_path):
     saved = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     ids = tokenizer.convert_tokens_to_ids(["<|end|>", "<|user|>"])
     assert saved["eos_token_id"] == sorted([7, *ids])
+
+
+def test_a_model_with_odd_sampling_options_is_saved_with_them(tmp_path):
+    """transformers loads a temperature without sampling with a warning, and refuses to save it once changed."""
+    tokenizer = lm.builtin_tokenizer(["tea"])
+    lm.save_model(lm.builtin_model(0), tokenizer, tmp_path / "start")
+    path = tmp_path / "start" / "generation_config.json"
+    path.write_text(json.dumps({"temperature": 0.9, "top_p": 0.6, "eos_token_id": 7}))
+    lm.save_model(lm.load_model(tmp_path / "start"), tokenizer, tmp_path / "end")
+    saved = json.loads((tmp_path / "end" / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["top_p"], saved["eos_token_id"]) == (0.9, 0.6, [0, 7])
+    assert "do_sample" not in saved
 
 
 def test_code_and_pickles_that_come_with_a_model_are_refused(tmp_path):
@@ -1868,9 +1881,11 @@ def by_hand(model, pairs, batches, rates, loss_of_batch):
     return losses
 
 
-def test_rmo_switched_off_is_exactly_dpo(tmp_path):
-    """Against the plainest DPO there is: whole logits, two rows a pair, a live reference."""
-    folder = run(tmp_path / "run", limit=80, batch_size=8, **PLAIN)
+@pytest.mark.parametrize("amplified", [False, True])
+def test_training_by_hand_as_dpo_and_as_eq15(amplified, tmp_path):
+    """Against the plainest DPO there is: whole logits, two rows a pair, a live reference. And with Eq. 15."""
+    more = {"lambda_reg": 3.0, "alpha": 2.0, "median": 1.5} if amplified else {}
+    folder = run(tmp_path / "run", limit=80, batch_size=8, **{**PLAIN, **more})
     settings, splits = splits_of(folder)
     policy, reference = (lm.load_model(folder / "sft") for _ in range(2))
     variances = []
@@ -1879,16 +1894,21 @@ def test_rmo_switched_off_is_exactly_dpo(tmp_path):
         scores = naive_scores(policy, pairs)
         with torch.no_grad():
             fixed = naive_scores(reference, pairs)
-        variances.append((scores[:, 0] - scores[:, 1]).var(unbiased=False).item())
+        margin = scores[:, 0] - scores[:, 1]
+        variances.append(margin.var(unbiased=False).item())
         h = settings["beta"] * ((scores[:, 0] - fixed[:, 0]) - (scores[:, 1] - fixed[:, 1]))
-        return -h.sigmoid().log().mean()
+        losses = -h.sigmoid().log()
+        if amplified:
+            losses = losses + 3 / (1 + ((margin - 1.5) / 2).exp())
+        return losses.mean()
 
     lines = metrics(folder)
     batches = batching.random_batches(torch.zeros(len(splits.train)), 8, train.generator(0, "batches", 0))
     losses = by_hand(policy, splits.train, batches, [line["lr"] for line in lines], dpo)
     assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-4)
     assert [line["margin_variance"] for line in lines] == pytest.approx(variances, rel=1e-3)
-    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and "amplification" not in lines[0]
+    begins = lines[0]["loss"] - lines[0].get("amplification", 0)
+    assert begins == pytest.approx(math.log(2), abs=1e-5) and ("amplification" in lines[0]) == amplified
     trained = weights(folder)
     for key, parameter in policy.named_parameters():
         assert torch.allclose(trained[key], parameter, atol=1e-4), key
@@ -2192,6 +2212,7 @@ def test_one_small_step_moves_float32_weights():
         ("--lambda_reg 0 --alpha 1", "--lambda_reg 0 switches off"),
         ("--eval_share 0.1", "--eval_share: --eval_data, or the built-in task"),
         ("--sft_model a --sft_epochs 2", "leave out --sft_epochs"),
+        ("--sft_model a --sft_lr 1e-3", "--sft_lr is for SFT"),
         ("--objective ipo --simpo_gamma 1", "--simpo_gamma is for --objective simpo"),
         ("--objective kto", "invalid choice: 'kto'"),
         ("--lr nan", "--lr nan is out of range"),
@@ -2225,6 +2246,18 @@ def test_other_settings_other_data_and_other_folders_are_refused(whole_run, tmp_
     (out / "config.json").write_text(json.dumps({**config, "data": "0" * 16}))
     with pytest.raises(SystemExit, match="holds a run on other data"):
         main(*flags, "--output_dir", out)
+    given = {"limit": 90, "sft_epochs": 0, "proxy": shutil.copytree(whole_run / "proxy", tmp_path / "proxy")}
+    given = {key: str(value) for key, value in given.items()}
+    out = run(tmp_path / "given", **{**given, "limit": 90, "sft_epochs": 0})
+    shutil.rmtree(out / "policy")
+    shutil.rmtree(tmp_path / "proxy")
+    shutil.copytree(whole_run / "sft", tmp_path / "proxy")  # trained again, say
+    with pytest.raises(SystemExit, match="holds a run on other models"):
+        main(
+            *[word for key, value in {**QUICK, **given}.items() for word in (f"--{key}", value)],
+            "--output_dir",
+            out,
+        )
     with pytest.raises(SystemExit, match="step 1 .* alone removes"):
         main(*flags, "--output_dir", tmp_path / "new", "--proxy", whole_run / "proxy", "--filter_ratio", 0.01)
 
@@ -2641,6 +2674,22 @@ def test_judge_without_log_probabilities_says_so(runs, golden, no_waiting, capsy
     assert {row["preference"] for row in data.read_json(folder / "annotations.json")} == {1.0, 1.5, 2.0}
 
 
+def test_items_that_ask_the_same_share_the_answer(runs, tmp_path, no_waiting):
+    """Three rows of two questions; the judge likes the answer "a" in either order."""
+    for name, outputs in (("reference", "bba"), ("model", "aab")):
+        rows = [{"instruction": i, "prompt": p, "output": o} for i, p, o in zip("123", "xxy", outputs)]
+        data.write_json(tmp_path / f"{name}_outputs.json", [{**row, "generator": name} for row in rows])
+
+    def likes_a(_, body):
+        text = body["messages"][-1]["content"]
+        return plain_answer("m" if "# Answer m\na" in text else "M")
+
+    with endpoint(likes_a) as (url, seen):
+        assert call("judge", runs["a-0"], "--out", tmp_path, "--url", url) is None
+    rows = data.read_json(tmp_path / "annotations.json")
+    assert [row["preference"] for row in rows] == [2.0, 2.0, 1.0] and len(seen) == 2
+
+
 def test_unreadable_answers_are_shown_counted_and_asked_again(runs, golden, no_waiting, capsys):
     """All unreadable: a dash, not the 50 % of three pairs of equal outputs. Then every answer is there."""
     folder, _ = golden
@@ -2767,7 +2816,7 @@ def test_generate_and_judge_a_run(runs, capsys):
     )  # by samples; judged
 
 
-def test_alpaca_evals_rows_keep_their_keys(runs, tmp_path):
+def test_alpaca_evals_rows_keep_their_keys(runs, tmp_path, capsys):
     rows = [{"dataset": "koala", "instruction": "Hi"}, {"instruction": "Ho", "prompt": "plain text"}]
     data.write_json(tmp_path / "set.json", rows)
     words = ["generate", runs["c"], "--instructions", tmp_path / "set.json", "--out", tmp_path]
@@ -2777,6 +2826,9 @@ def test_alpaca_evals_rows_keep_their_keys(runs, tmp_path):
     assert found[0]["dataset"] == "koala" and found[0]["generator"] == "base of c"
     prompts = [row["prompt"] for row in evaluate.read_rows(tmp_path / "model_outputs.json").values()]
     assert prompts == [[{"role": "user", "content": "Hi"}], "plain text"]
+    data.write_json(tmp_path / "set.json", [*rows, rows[0]])
+    assert len(evaluate.read_rows(tmp_path / "set.json")) == 2
+    assert "set.json: 1 of 3 rows repeat an instruction" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------- report
@@ -2965,13 +3017,16 @@ def test_figure_1_is_the_objective_alone(runs, monkeypatch):
 
 def test_figure_4_joins_only_runs_that_differ_in_lambda(runs, monkeypatch):
     """Of the arms a and c (lambda 1.2345 and 1) and plain (0, otherwise unlike), one line of two points."""
-    pytest.importorskip("matplotlib")
+    matplotlib = pytest.importorskip("matplotlib")
     folders = [runs[name] for name in ("plain", "a-0", "c")]
     left, middle, right = axes_of("figure4", folders, monkeypatch)
     assert list(right.lines[0].get_xdata()) == [1, 1.2345]
     assert [line.get_label() for line in left.lines] == ["λ = 1", "λ = 1.23"]
     assert "against base" in right.get_ylabel() and "true reward" in right.get_ylabel()
     assert any(set(line.get_ydata()) == {50} for line in right.lines)
+    bare = [group._replace(margins=[]) for group in evaluate.read_groups(folders, torch.device("cpu"))]
+    with pytest.raises(ValueError, match="needs held-out pairs"):
+        evaluate.draw("figure4", matplotlib.figure.Figure(), bare)
 
 
 # ---------------------------------------------------------------------------------------------------- command

@@ -71,7 +71,7 @@ def rmo(s: "Settings") -> Path:
     # Line 4: base and proxy margins. The base scores are the reference of Eq. 4 too.
     reference = scores_of("base", base, pairs, s)  # [N, 2]
     base_margins = reference[:, 0] - reference[:, 1]  # [N], Eq. 1
-    proxy_margins = base_margins  # stay these only where nothing needs the proxy's
+    proxy_margins = base_margins  # of no use where nothing needs the proxy's
 
     def plain_loss(scores: Tensor, index: list[int]) -> dict[str, Tensor]:
         return objective(s, scores, reference[index].to(scores.device, non_blocking=True))
@@ -223,7 +223,7 @@ def fit(
         # pair of its own takes the first, with a share of 0.
         mine = drawn[rank::world] or drawn[:1]
         count = sum(len(pairs[i].chosen) for i in drawn) if sft else len(drawn)
-        share = 1 / count if rank < len(drawn) else 0.0
+        share = 1 / count if rank < len(drawn) else 0.0  # of one pair (SFT: one token) in the mean
 
         # Micro-batches of similar lengths
         sums: dict[str, Tensor] = {}
@@ -291,7 +291,7 @@ def default_lambda(s: "Settings", reference: Tensor, alpha: float) -> float:
     scores = reference.clone().requires_grad_()  # [N, 2]
     losses = objective(s, scores, reference)["loss"]
     (slopes,) = torch.autograd.grad(losses.sum(), scores)
-    slope = (slopes[:, 1] - slopes[:, 0]).mean().item() / 2  # down, along the margin
+    slope = (slopes[:, 1] - slopes[:, 0]).mean().item() / 2  # -dloss/dmargin: each response moves by half
     return 0.08 * slope * (4 * alpha)  # sigmoid(x / alpha) has the slope 1 / (4 alpha) in its middle
 
 
@@ -305,7 +305,7 @@ def generator(*key: Any) -> torch.Generator:
 
 
 def flag(default: Any, help: str) -> Any:
-    """A field whose --help ends with its default, unless the text names a better one."""
+    """A field whose --help ends with its default, unless that is None: then the text states it."""
     text = help if default is None else f"{help} (default: %(default)s)"
     return HfArg(default=default, help=text)
 
@@ -415,9 +415,12 @@ class Settings:
             defaults.update(beta=2.0, simpo_gamma=1.0)
         if torch.cuda.is_available():
             defaults["micro_batch_tokens"] = 16384
+        sft_lr_given = self.sft_lr is not None
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if sft_lr_given and not self.sft_epochs:
+            raise ValueError("--sft_lr is for SFT, and there is none: give --sft_epochs, or leave it out")
 
         amplifying = self.lambda_reg != 0 and (self.median is None or self.alpha is None)
         batching = self.batching != "random" and self.batch_margins == "proxy"
@@ -453,6 +456,10 @@ def prepare(s: Settings) -> tuple[Any, list[Pair], list[Pair]]:
         raise ValueError(f"{counts}: no batch of {s.batch_size}; give more data, or a smaller --batch_size")
     if s.eval_share and not splits.held_out:
         raise ValueError(f"{counts}: raise --eval_share, {s.eval_share} of so few prompts is none")
+
+    chosen = sum(len(pair.chosen) for pair in pairs) / len(pairs)
+    rejected = sum(len(pair.rejected) for pair in pairs) / len(pairs)
+    say(f"responses: {chosen:.1f} tokens on average if chosen, {rejected:.1f} if rejected")
 
     model = lm.load_model(s.sft_model or s.model, s.seed).to(lm.choose_device())
     everything = pairs + splits.sft + splits.held_out
@@ -490,13 +497,16 @@ def is_finished(s: Settings) -> bool:
 
 
 def open_run(s: Settings, fingerprint: str) -> None:
-    """Make the run folder with its config.json, or check that its data are these. Raises ValueError."""
+    """Make the run folder with its config.json, or check that its data and the models it was given are these.
+    Raises ValueError."""
     path = s.folder / "config.json"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     ours = {"settings": asdict(s), "constants": {}, "versions": versions, "data": fingerprint}
+    ours["models"] = [lm.weights_fingerprint(name) for name in (s.sft_model or s.model, s.proxy) if name]
     config = data.read_json(path, ours)
-    if config["data"] != fingerprint:
-        raise ValueError(f"{s.folder} holds a run on other data: choose another --output_dir")
+    for what in ("data", "models"):
+        if config.get(what) != ours[what]:
+            raise ValueError(f"{s.folder} holds a run on other {what}: choose another --output_dir")
     on_rank_0(data.write_json, path, config)
     if not path.is_file():
         raise ValueError(f"{path}: written by rank 0, not seen here: all nodes must share the run folder")
