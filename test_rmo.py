@@ -2474,7 +2474,7 @@ def make_run(folder: Path, seed: int = 0, **changes) -> Path:
         lm.save_model(lm.builtin_model(seed + 1 + (stage == "proxy")), tokenizer, folder / stage)
     s = asdict(train.Settings(output_dir=str(folder)))
     s |= {"sft_epochs": 0, "batch_size": 4, "limit": 40, "max_length": 128, "seed": seed, **changes}
-    constants = {"sd": 1.0} if s["lambda_reg"] == 0 else {"lambda": s["lambda_reg"] or 1.2345}
+    constants = {"lambda": 1.2345 if s["lambda_reg"] is None else s["lambda_reg"]}
     pairs = data.load_splits(s, tokenizer).train
     data.write_json(folder / "config.json", {"settings": s, "constants": constants})
     draw = seeded(seed)

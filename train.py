@@ -92,7 +92,9 @@ def rmo(s: "Settings") -> Path:
     alpha = sd if s.alpha is None else s.alpha
     lambda_reg = default_lambda(s, reference, alpha) if s.lambda_reg is None else s.lambda_reg
     median = proxy_margins.double().quantile(0.5).item() if s.median is None else s.median
-    constants = {"sd": sd, "lambda": lambda_reg}
+    constants = {"lambda": lambda_reg}
+    if s.needs_proxy:
+        constants["sd"] = sd
     if lambda_reg != 0:
         constants.update({"alpha": alpha, "median": median})
 
