@@ -1932,6 +1932,15 @@ def test_sft_is_a_mean_over_the_tokens_of_the_batch(tmp_path):
         assert torch.allclose(trained[key], parameter, atol=1e-4), key
 
 
+@pytest.mark.parametrize(
+    "flags", [{}, {"model": "x"}, {"model": "x", "lora_rank": 8, "sft_epochs": 2}, {"sft_model": "x"}]
+)
+@pytest.mark.parametrize("objective", ["dpo", "simpo"])
+def test_filled_in_settings_are_settings(flags, objective):
+    settings = train.Settings(objective=objective, **flags)
+    assert train.Settings(**asdict(settings)) == settings
+
+
 def test_learning_rate_rises_and_falls_linearly(whole_run):
     rates = [line["lr"] for line in metrics(whole_run)]
     warmup = max(1, round(0.1 * len(rates)))

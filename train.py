@@ -385,6 +385,8 @@ class Settings:
             raise ValueError("--batching random uses no margins: leave out --batch_margins")
         if self.sft_model and self.sft_epochs:
             raise ValueError("--sft_model is used instead of training SFT: leave out --sft_epochs")
+        if self.sft_lr is not None and self.sft_epochs is None and (self.sft_model or self.model != BUILTIN):
+            raise ValueError("--sft_lr is for SFT, and there is none: give --sft_epochs, or leave it out")
         most = sys.float_info.max  # infinity and NaN are out of every range
         ranges = {
             (1e-12, most): ["beta", "gamma", "alpha", "max_grad_norm"],
@@ -417,12 +419,9 @@ class Settings:
             defaults.update(beta=2.0, simpo_gamma=1.0)
         if torch.cuda.is_available():
             defaults["micro_batch_tokens"] = 16384
-        sft_lr_given = self.sft_lr is not None
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if sft_lr_given and not self.sft_epochs:
-            raise ValueError("--sft_lr is for SFT, and there is none: give --sft_epochs, or leave it out")
 
         amplifying = self.lambda_reg != 0 and (self.median is None or self.alpha is None)
         batching = self.batching != "random" and self.batch_margins == "proxy"
