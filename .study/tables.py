@@ -11,6 +11,7 @@ difference to plain training of the same seed (Student's t); gains whose interva
 import argparse
 import json
 from collections.abc import Callable
+from math import floor, log10
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -200,9 +201,12 @@ def inside(what: str, part: str, key: str) -> Measure:
 
 
 def digits(value: float) -> int:
+    """Decimal places; small numbers have two that count."""
     if abs(value) >= 1000:
         return 0
-    return 1 if abs(value) >= 1 else 2
+    if abs(value) >= 1:
+        return 1
+    return 2 if abs(value) >= 0.1 or value == 0 else 1 - floor(log10(abs(value)))
 
 
 def mean_cell(mean: Mean | None) -> str:
@@ -280,6 +284,17 @@ def gains_table(study: Study, title: str, arms: dict[str, str], families: list[s
             cells.append(gain_cell(study.gain(family, arm, controlled), most))
         rows.append(cells)
     return section(title, header, rows)
+
+
+def made_twice(study: Study) -> str:
+    """Two arms of step 1 that are the same run for DPO, made twice: whether they agree to the last bit."""
+    notes = []
+    for arm in ("relative", "relative-crossfit"):
+        once, again = study.values("dpo", arm, rate), study.values("dpo", f"dpo-{arm}", rate)
+        both = once.keys() & again.keys()
+        same = sum(once[seed] == again[seed] for seed in both)
+        notes.append(f"DPO's {arm} and dpo-{arm} give the same number on {same} of {len(both)} seeds.")
+    return " ".join(notes)
 
 
 def arms_named(study: Study, family: str, beginning: str) -> list[str]:
@@ -429,6 +444,7 @@ def all_tables(study: Study) -> str:
         table_3(study),
         gains_table(study, "RMO with another filter", FILTERS, families),
         gains_table(study, "Step 1 alone, by other proxies and rules", LABELS, families),
+        made_twice(study) + "\n",
         beta_table(study),
         small_beta_table(study),
         hh_tables(study),
