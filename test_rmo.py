@@ -167,7 +167,7 @@ def test_default_lambda_is_8_percent_of_the_objectives_slope(name):
         assert weight == pytest.approx(0.16 * alpha * 0.3)
 
 
-def test_eq13_variance_of_two_equiprobable_rewards_is_a_quarter_of_the_squared_margin():
+def test_eq13_variance_of_two_rewards_is_a_quarter_of_the_squared_margin():
     rewards = tensor([1.3, -0.4])
     assert rewards.var(unbiased=False).item() == pytest.approx((1.3 + 0.4) ** 2 / 4)
 

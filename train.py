@@ -460,7 +460,7 @@ def prepare(s: Settings) -> tuple[Any, list[Pair], list[Pair]]:
 
     chosen = sum(len(pair.chosen) for pair in pairs) / len(pairs)
     rejected = sum(len(pair.rejected) for pair in pairs) / len(pairs)
-    say(f"responses: {chosen:.1f} tokens on average if chosen, {rejected:.1f} if rejected")
+    say(f"lengths: chosen responses have {chosen:.1f} tokens on average, rejected ones {rejected:.1f}")
 
     model = lm.load_model(s.sft_model or s.model, s.seed).to(lm.choose_device())
     everything = pairs + splits.sft + splits.held_out
