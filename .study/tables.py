@@ -413,14 +413,16 @@ def hh_tables(study: Study) -> str:
 
 def missing_table(study: Study) -> str:
     """Seeds that an arm lacks and others of its family have: diverged, refused, or not yet run."""
-    rows = []
+    missing: dict[tuple[str, str], list[str]] = {}  # (arm, why) -> seeds
     for family, name in NAMES.items():
         mine = [row for row in study.rows if row["family"] == family]
         for arm in dict.fromkeys(row["arm"] for row in mine):
             for seed in sorted(study.seeds(family) - study.values(family, arm, rate).keys()):
                 reasons = [row["failed"] for row in mine if (row["arm"], row["seed"]) == (arm, seed)]
-                rows.append([f"{name}, {arm}", str(seed), reasons[0] if reasons else "not run"])
-    return section("Missing runs", ["arm", "seed", "why"], rows)
+                why = reasons[0] if reasons else "not run"
+                missing.setdefault((f"{name}, {arm}", why), []).append(str(seed))
+    rows = [[arm, ", ".join(seeds), why] for (arm, why), seeds in missing.items()]
+    return section("Missing runs", ["arm", "seeds", "why"], rows)
 
 
 def time_table(study: Study) -> str:
