@@ -20,8 +20,6 @@ Differs from the paper:
 To borrow: copy this file; it imports torch only.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -46,7 +44,7 @@ def retention_probability(proxy: Tensor, tau: float, gamma: float = 1.0) -> Tens
     tau, gamma: threshold and its width, in the margins' unit. Raises ValueError unless both are finite and
     gamma > 0.
     """
-    if not (0 < gamma < math.inf and math.isfinite(tau)):
+    if not (0 < gamma < float("inf") and abs(tau) < float("inf")):
         raise ValueError(f"tau must be finite, and gamma positive and finite: not {tau} and {gamma}")
     return 0.5 * (1 + torch.tanh((proxy.double().abs() - tau) / gamma))  # Eq. 8, see 1) above
 

@@ -1771,9 +1771,12 @@ def run(out, **settings):
     return Path(out)
 
 
+def flags_of(**settings):
+    return [word for key, value in {**QUICK, **settings}.items() for word in (f"--{key}", str(value))]
+
+
 def command(*words, **settings):
-    flags = [word for key, value in {**QUICK, **settings}.items() for word in (f"--{key}", str(value))]
-    return [sys.executable, *words, "train.py", *flags]
+    return [sys.executable, *words, "train.py", *flags_of(**settings)]
 
 
 def start(words, threads=1, **options):
@@ -2010,7 +2013,7 @@ def test_a_finished_run_is_used_as_it_is(whole_run, tmp_path, capsys, monkeypatc
     edited.write_text("{}")
     monkeypatch.setattr(train, "rmo", None)  # nothing is prepared or trained
     monkeypatch.setattr(train.evaluate, "report_run", lambda folder, device: print("report of", folder))
-    flags = [word for key, value in QUICK.items() for word in (f"--{key}", value)]
+    flags = flags_of()
     main(*flags, "--output_dir", out)
     text = capsys.readouterr().out
     assert f"{out} is finished" in text and f"report of {out}" in text
@@ -2246,7 +2249,7 @@ def test_bad_flags_stop_with_one_line_and_leave_nothing(flags, error, tmp_path, 
 
 def test_other_settings_other_data_and_other_folders_are_refused(whole_run, tmp_path):
     (tmp_path / "something").touch()
-    flags = [word for key, value in QUICK.items() for word in (f"--{key}", value)]
+    flags = flags_of()
     with pytest.raises(SystemExit, match="no run folder"):
         main(*flags, "--output_dir", tmp_path)
     out = shutil.copytree(whole_run, tmp_path / "run")
@@ -2255,18 +2258,14 @@ def test_other_settings_other_data_and_other_folders_are_refused(whole_run, tmp_
     (out / "config.json").write_text(json.dumps({**config, "data": "0" * 16}))
     with pytest.raises(SystemExit, match="holds a run on other data"):
         main(*flags, "--output_dir", out)
-    given = {"limit": 90, "sft_epochs": 0, "proxy": shutil.copytree(whole_run / "proxy", tmp_path / "proxy")}
-    given = {key: str(value) for key, value in given.items()}
-    out = run(tmp_path / "given", **{**given, "limit": 90, "sft_epochs": 0})
+    proxy = shutil.copytree(whole_run / "proxy", tmp_path / "proxy")
+    given = {"limit": 90, "sft_epochs": 0, "proxy": str(proxy)}
+    out = run(tmp_path / "given", **given)
     shutil.rmtree(out / "policy")
-    shutil.rmtree(tmp_path / "proxy")
-    shutil.copytree(whole_run / "sft", tmp_path / "proxy")  # trained again, say
+    shutil.rmtree(proxy)
+    shutil.copytree(whole_run / "sft", proxy)  # trained again, say
     with pytest.raises(SystemExit, match="holds a run on other models"):
-        main(
-            *[word for key, value in {**QUICK, **given}.items() for word in (f"--{key}", value)],
-            "--output_dir",
-            out,
-        )
+        main(*flags_of(**given), "--output_dir", out)
     with pytest.raises(SystemExit, match="step 1 .* alone removes"):
         main(*flags, "--output_dir", tmp_path / "new", "--proxy", whole_run / "proxy", "--filter_ratio", 0.01)
 

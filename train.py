@@ -71,7 +71,7 @@ def rmo(s: "Settings") -> Path:
     # Line 4: base and proxy margins. The base scores are the reference of Eq. 4 too.
     reference = scores_of("base", base, pairs, s)  # [N, 2]
     base_margins = reference[:, 0] - reference[:, 1]  # [N], Eq. 1
-    proxy_margins = base_margins  # of no use where nothing needs the proxy's
+    proxy_margins = base_margins  # a stand-in: where nothing needs the proxy's, only their number counts
 
     def plain_loss(scores: Tensor, index: list[int]) -> dict[str, Tensor]:
         return objective(s, scores, reference[index].to(scores.device, non_blocking=True))

@@ -172,12 +172,13 @@ def run_family(args: argparse.Namespace, family: str, seed: int, lock: Any) -> N
     shared = f"{common} --proxy {plain}/policy"
     if builtin:
         shared += f" --sft_model {args.runs}/dpo/plain-{seed}/sft"
-    chosen = [arm for arm in ARMS if arm.group in args.groups and (not args.arms or arm.name in args.arms)]
-    if any("/crossfit-" in arm.kind for arm in chosen):
+    arms = [arm for arm in ARMS if arm.group in args.groups and (not args.arms or arm.name in args.arms)]
+    needed = {OWN_CROSSFIT, DPO_CROSSFIT} if family == "dpo" else {OWN_CROSSFIT}
+    if any(scores in arm.kind for arm in arms for scores in needed):
         words = ["crossfit.py", plain, "--out", f"{own}/crossfit-{seed}"]
         if start(words, Path(f"{own}/crossfit-{seed}.log")) != 0:
             print(f"{family} crossfit {seed}: failed, see {own}/crossfit-{seed}.log", flush=True)
-    for arm in chosen:
+    for arm in arms:
         run_arm(args, family, arm._replace(flags=f"{shared} {arm.flags}"), seed, places, lock)
 
 
@@ -199,12 +200,13 @@ def run_arm(
     done = start(words, Path(f"{out}.log")) == 0 and (family != "hh" or judge_outputs(args, out, seed))
     seconds = time.time() - began
     if done:
-        row |= {**measure(out), "seconds": round(seconds)}
+        row.update(measure(out), seconds=round(seconds))
         if family == "hh":
             row["judge_accuracy"] = judge_accuracy(args, out)
         result = {judge: round(wins["rate"], 1) for judge, wins in row["wins"].items()}
     else:
-        row["failed"] = result = last_line(Path(f"{out}.log"))
+        result = last_line(Path(f"{out}.log"))
+        row["failed"] = result
     print(f"{family} {arm.name} {seed}: {result} in {seconds:.0f} s", flush=True)
     if known:  # its folder was gone, and other arms start from it: unless it is the same, they are not paired
         if done and known["wins"] != row["wins"]:

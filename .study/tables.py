@@ -127,9 +127,6 @@ class Study(NamedTuple):
         """That any arm was tried with."""
         return {row["seed"] for row in self.rows if row["family"] == family}
 
-    def most_seeds(self, family: str) -> int:
-        return len(self.seeds(family))
-
 
 # --------------------------------------------------------------------------------------------------- measures
 
@@ -176,7 +173,7 @@ def ratio(row: Row) -> float | None:
 
 
 def beta_sd(row: Row) -> float | None:
-    """Of the proxy's margins; a run without a proxy has the base's sd among its constants."""
+    """Of the proxy's margins; rows of the first commit have the base's sd where there is no proxy."""
     return row["beta"] * row["constants"]["sd"] if "partitions" in row else None
 
 
@@ -231,6 +228,12 @@ def gain_cell(gain: Gain | None, seeds: int) -> str:
     return text
 
 
+def gain_cells(study: Study, family: str, arm: str) -> list[str]:
+    """The gain in win rate, and at equal lengths."""
+    seeds = len(study.seeds(family))
+    return [gain_cell(study.gain(family, arm, measure), seeds) for measure in (rate, controlled)]
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -261,11 +264,9 @@ def main_table(study: Study) -> str:
     for arm, name in TABLE_ARMS.items():
         cells = [name]
         for family in families:
-            most = study.most_seeds(family)
             cells.append(mean_cell(study.mean(family, arm, rate)))
             cells.append(mean_cell(study.mean(family, arm, controlled)))
-            cells.append(gain_cell(study.gain(family, arm, rate), most))
-            cells.append(gain_cell(study.gain(family, arm, controlled), most))
+            cells += gain_cells(study, family, arm)
         rows.append(cells)
     return section("Tables 1, 2 and 4", header, rows, seeds_of(study, families))
 
@@ -279,9 +280,7 @@ def gains_table(study: Study, title: str, arms: dict[str, str], families: list[s
     for arm, name in arms.items():
         cells = [name]
         for family in families:
-            most = study.most_seeds(family)
-            cells.append(gain_cell(study.gain(family, arm, rate), most))
-            cells.append(gain_cell(study.gain(family, arm, controlled), most))
+            cells += gain_cells(study, family, arm)
         rows.append(cells)
     return section(title, header, rows)
 
@@ -309,12 +308,10 @@ def lambda_curve(study: Study, family: str) -> str:
     header += ["reward accuracy %"]
     rows = []
     for arm in ["high+filter", *arms_named(study, family, "lambda"), "rmo"]:
-        most = study.most_seeds(family)
         name = {"high+filter": "0", "rmo": "default"}.get(arm, arm.removeprefix("lambda"))
         if arm == "rmo":
             name += f", {mean_cell(study.mean(family, arm, weight))}"
-        cells = [name, gain_cell(study.gain(family, arm, rate), most)]
-        cells.append(gain_cell(study.gain(family, arm, controlled), most))
+        cells = [name, *gain_cells(study, family, arm)]
         cells += [mean_cell(study.mean(family, arm, one)) for one in (margin, accuracy, reward_accuracy)]
         rows.append(cells)
     return section(f"Figure 4: by λ, {NAMES[family]}", header, rows)
@@ -325,12 +322,9 @@ def ratio_curve(study: Study, family: str) -> str:
     header = ["filter ratio", "removed %", "gain in win rate", "at equal lengths"]
     rows = []
     for arm in ["high+reg", "rmo-step1", *arms_named(study, family, "ratio"), "rmo"]:
-        most = study.most_seeds(family)
         name = {"high+reg": "0", "rmo-step1": "step 1 alone", "rmo": "default"}.get(arm)
         name = name or f"{100 * float(arm.removeprefix('ratio')):.0f} %"
-        cells = [name, mean_cell(study.mean(family, arm, ratio))]
-        cells.append(gain_cell(study.gain(family, arm, rate), most))
-        cells.append(gain_cell(study.gain(family, arm, controlled), most))
+        cells = [name, mean_cell(study.mean(family, arm, ratio)), *gain_cells(study, family, arm)]
         rows.append(cells)
     note = "A ratio below what step 1 alone removes is refused; where it was is said under Missing runs."
     return section(f"Figure 5: by filter ratio, {NAMES[family]}", header, rows, note)
@@ -373,9 +367,7 @@ def small_beta_table(study: Study) -> str:
     header += ["variance of held-out margins (nats²)", "characters of a response", "β · sd"]
     rows = []
     for arm, name in {**TABLE_ARMS, **FILTERS}.items():
-        cells = [name, mean_cell(study.mean("dpo-0.1", arm, rate))]
-        for measure in (rate, controlled):
-            cells.append(gain_cell(study.gain("dpo-0.1", arm, measure), study.most_seeds("dpo-0.1")))
+        cells = [name, mean_cell(study.mean("dpo-0.1", arm, rate)), *gain_cells(study, "dpo-0.1", arm)]
         cells += [mean_cell(study.mean("dpo-0.1", arm, one)) for one in (variance, length, beta_sd)]
         rows.append(cells)
     return section("Small β · sd", header, rows, seeds_of(study, ["dpo-0.1"]))
@@ -392,8 +384,7 @@ def hh_tables(study: Study) -> str:
     rows = []
     for arm, name in TABLE_ARMS.items():
         cells = [name, mean_cell(study.mean("hh", arm, rate)), mean_cell(study.mean("hh", arm, controlled))]
-        cells.append(gain_cell(study.gain("hh", arm, rate), study.most_seeds("hh")))
-        cells.append(gain_cell(study.gain("hh", arm, controlled), study.most_seeds("hh")))
+        cells += gain_cells(study, "hh", arm)
         cells.append(mean_cell(study.mean("hh", arm, length)))
         rows.append(cells)
     right = mean_cell(study.mean("hh", "plain", judge_accuracy))
