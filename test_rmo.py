@@ -3261,3 +3261,4 @@ def test_the_method_is_a_few_hundred_lines():
     for function in (train.rmo, train.objective, train.fit):
         lines += len(inspect.getsource(function).splitlines())
     assert lines <= 550
+    assert f"**The method is {lines} lines**" in (HERE / "README.md").read_text(encoding="utf-8")
