@@ -95,16 +95,22 @@ def length_controlled_win_rate(
         return Estimate(100 * wins[0].item(), 0.0 if len(wins) > 1 else math.nan)
     d = torch.tensor(baseline_lengths, dtype=wins.dtype) - torch.tensor(model_lengths, dtype=wins.dtype)
     tanh = (d / d.std()).tanh()[places]  # the spread is that of all rows, with a verdict or not
-    n, k = len(wins), 2 if tanh.std() > 0 else 1
-    x = torch.stack([torch.ones_like(wins), tanh], dim=1)[:, :k]
+    columns = [torch.ones_like(wins)]
+    if tanh.std() > 0:
+        columns.append(tanh)
+    x = torch.stack(columns, dim=1)  # [n, k]
+    n, k = x.shape
     ridge = torch.tensor([0, 1e-6], dtype=wins.dtype)[:k].diag()  # b stays finite where length alone decides
     fit = x.new_zeros(k)  # c and b
     for _ in range(200):  # Newton's method, by short steps
         q = (x @ fit).sigmoid()
         inverse = torch.linalg.inv(x.T @ (x * (q * (1 - q))[:, None]) + ridge)
         fit += (inverse @ (x.T @ (wins - q) - ridge @ fit)).clamp(-0.5, 0.5)
-    win, scores = fit[0].sigmoid().item(), x * (wins - q)[:, None]
-    variance = (inverse @ scores.T @ scores @ inverse)[0, 0].item() * n / (n - k) if n > k else math.nan
+    win = fit[0].sigmoid().item()
+    if n == k:
+        return Estimate(100 * win)
+    scores = x * (wins - q)[:, None]  # [n, k]
+    variance = (inverse @ scores.T @ scores @ inverse)[0, 0].item() * n / (n - k)  # of c
     return Estimate(100 * win, 100 * win * (1 - win) * variance**0.5)
 
 
@@ -128,15 +134,18 @@ def generate(model: nn.Module, tokenizer: Any, prompts: list[list[int]], how: Sa
     """
     if how.temperature < 0 or min(how.max_new_tokens, how.batch_size) < 1:
         raise ValueError("sampling needs a temperature of 0 or more, and one token and prompt at least")
-    device, end = next(model.parameters()).device, lm.end_tokens(model, tokenizer)
+    device = next(model.parameters()).device
+    end = lm.end_tokens(model, tokenizer)
     limits = {"max_new_tokens": how.max_new_tokens, "eos_token_id": end, "pad_token_id": end[0]}
     model.generation_config = transformers.GenerationConfig(**limits)
-    counts, seeds, responses = Counter(), [], [""] * len(prompts)
+    counts = Counter()
+    seeds = []
     for prompt in map(tuple, prompts):
         counts[prompt] += 1
         digest = hashlib.sha256(f"{how.seed} {prompt} {counts[prompt]}".encode())
         seeds.append(int(digest.hexdigest()[:15], 16))
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    responses = [""] * len(prompts)
     for start in tqdm(range(0, len(order), how.batch_size), "responses", unit="batch"):
         batch = order[start : start + how.batch_size]
         rows = [torch.tensor(prompts[i]) for i in batch]
@@ -163,7 +172,8 @@ def gumbel_noise(seeds: list[int], temperature: float, device: Any) -> Any:
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     """AlpacaEval's rows by instruction, with prompts: their own, text or messages, else a user's message."""
-    rows, given = {}, data.read_json(path, [])
+    given = data.read_json(path, [])
+    rows = {}
     for row in given:
         prompt = row.get("prompt", [{"role": "user", "content": row["instruction"]}])
         if isinstance(prompt, str) and prompt.startswith('[{"role": '):
@@ -177,7 +187,9 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
 
 def write_outputs(args: argparse.Namespace) -> None:
     """AlpacaEval's files of outputs, of a run and of the model it started from, with their prompts."""
-    run, device = open_run(args.run), lm.choose_device()
+    run = open_run(args.run)
+    device = lm.choose_device()
+    folder = Path(args.out or run.folder / "evaluation")
     tokenizer = lm.load_tokenizer(run.folder / "policy")
     how = Sampling(args.max_new_tokens, args.temperature, args.seed, args.batch_size)
     if args.instructions:
@@ -193,14 +205,16 @@ def write_outputs(args: argparse.Namespace) -> None:
         room = lm.positions(model) - how.max_new_tokens
         prompts = [row["prompt"] for row in rows.values()]
         ids = data.tokenize_prompts(prompts, tokenizer, room, run.settings["chat"])
-        path, outputs = Path(args.out or run.folder / "evaluation") / name, []
+        outputs = []
         for (text, row), output in zip(rows.items(), generate(model, tokenizer, ids, how)):
             prompt = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"])
             row = {**row, "instruction": text, "prompt": prompt, "output": output.strip()}
             outputs.append({**row, "generator": f"{label} of {run.folder.name}"})
-        data.write_json(path, outputs)
-        full = sum(len(prompt) == room for prompt in ids)
-        print(f"{path}: {len(outputs)} outputs; {full} prompts were cut to {room} tokens, or are as long")
+        data.write_json(folder / name, outputs)
+        cut = (
+            f"{sum(len(prompt) == room for prompt in ids)} prompts were cut to {room} tokens, or are as long"
+        )
+        print(f"{folder / name}: {len(outputs)} outputs; {cut}")
 
 
 # ------------------------------------------------------------------------------------------------------ judge
@@ -249,7 +263,8 @@ def read_verdict(choice: dict[str, Any]) -> float | None:
         p = {top["token"]: math.exp(top["logprob"]) for top in tops}
     except (LookupError, TypeError):
         return {"m": 1.0, "M": 2.0}.get(((choice.get("message") or {}).get("content") or "").strip())
-    first, second = p.get("m", 0.0), p.get("M", 0.0)
+    first = p.get("m", 0.0)
+    second = p.get("M", 0.0)
     return 2 - first / (first + second) if first + second else None
 
 
@@ -259,7 +274,9 @@ def ask_endpoint(items: list[Comparison], args: Any, stored: Path) -> list[float
     url = args.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
     template = Path(args.judge_prompt).read_text(encoding="utf-8") if args.judge_prompt else JUDGE_PROMPT
     options = {"max_tokens": 1, "temperature": 1, "top_p": 1.0, "logprobs": True, "top_logprobs": 5}
-    questions, keys, switched, lock = {}, [], [], threading.Lock()  # keys: of each item's question
+    questions = {}
+    keys = []  # of each item's question
+    switched = []
     for prompt, *outputs in items:
         text = data.prompt_text(prompt)
         # AlpacaEval's draw at its seed 0: whether the judge sees the model's output first
@@ -271,6 +288,7 @@ def ask_endpoint(items: list[Comparison], args: Any, stored: Path) -> list[float
         questions[keys[-1]] = body
     answers = dict(data.read_lines(stored))
     missing = [key for key in questions if read_verdict(answers.get(key, {})) is None]
+    lock = threading.Lock()
 
     def ask(key: str) -> None:
         answers[key] = post(url, questions[key])
@@ -358,7 +376,8 @@ def judge(args: argparse.Namespace) -> None:
     """Write a judge's preferences as AlpacaEval's annotations.json, and the win rate as judgements.json."""
     run = open_run(args.run)
     folder = Path(args.out or run.folder / "evaluation")
-    baseline, model = (read_rows(folder / f"{name}_outputs.json") for name in ("reference", "model"))
+    baseline = read_rows(folder / "reference_outputs.json")
+    model = read_rows(folder / "model_outputs.json")
     pairs = [(row, model[text]) for text, row in baseline.items() if text in model]
     if not pairs:
         raise ValueError(f"{folder}: no reference_outputs.json and model_outputs.json: evaluate.py generate")
@@ -370,7 +389,8 @@ def judge(args: argparse.Namespace) -> None:
         name = f"{args.judge_model}, {Path(args.judge_prompt or 'our own prompt').stem}"
         verdicts = ask_endpoint(asked, args, folder / "answers.jsonl")
     elif args.true_reward:
-        name, verdicts = "true reward, of outputs", true_preferences(asked)
+        name = "true reward, of outputs"
+        verdicts = true_preferences(asked)
     else:
         name = args.judge_run or args.reward_model
         verdicts = model_preferences(asked, args, lm.choose_device())
@@ -420,7 +440,8 @@ def open_run(name: str | Path) -> Run:
     models = {"base": s["model"]}
     if s["sft_model"] or s["sft_epochs"]:
         models = {"SFT": s["sft_model"] or str(folder / "sft")}
-    plain, policy = f"plain {METHODS[s['objective']]}", method_of(s)
+    plain = f"plain {METHODS[s['objective']]}"
+    policy = method_of(s)
     if policy == "plain":
         policy = plain
     elif s["proxy"] or (folder / "proxy").is_dir():
@@ -457,17 +478,22 @@ def load(run: Run, label: str, device: Any) -> nn.Module:
 
 def tokenized(rows: list[dict[str, Any]], run: Run) -> list[data.Pair]:
     """Rows as the run's training has them."""
-    s, tokenizer = run.settings, lm.load_tokenizer([*run.models.values()][-1])
+    s = run.settings
+    *_, policy = run.models.values()
+    tokenizer = lm.load_tokenizer(policy)
     return data.tokenize_preferences(rows, tokenizer, s["max_length"], s["max_prompt_length"], s["chat"])[0]
 
 
 def margins_of(run: Run, pairs: list[data.Pair], device: Any) -> dict[str, Tensor]:
     """Margins (Eq. 1) of pairs by each model of a run, [N] float64, of sums over tokens or of means as its
     objective has them. In a distributed run every rank must call it, as they share the scoring."""
-    margins, mean = {}, run.settings["objective"] in LENGTH_NORMALISED
-    for label in run.models if pairs else ():
-        model, name = load(run, label, device), f"{run.folder.name} {label}"
-        scores = lm.score_pairs(model, pairs, mean=mean, label=name).double()
+    if not pairs:
+        return {}
+    mean = run.settings["objective"] in LENGTH_NORMALISED
+    margins = {}
+    for label in run.models:
+        model = load(run, label, device)
+        scores = lm.score_pairs(model, pairs, mean=mean, label=f"{run.folder.name} {label}").double()
         margins[label] = scores[:, 0] - scores[:, 1]
     return margins
 
@@ -475,8 +501,10 @@ def margins_of(run: Run, pairs: list[data.Pair], device: Any) -> dict[str, Tenso
 def partitions(run: Run) -> list[tuple[str, Estimate, Estimate, Tensor]]:
     """Table 3, by the proxy's margins of the training pairs (or the base's): for each partition its name, the
     mean variance in a batch, its percentage of the bound, the batches' means [n]. One remainder sits out."""
-    scores, m = load_file(run.folder / "margins.safetensors"), run.settings["batch_size"]
-    by, draw = "proxy" if "proxy_chosen" in scores else "base", torch.Generator().manual_seed(0)
+    m = run.settings["batch_size"]
+    draw = torch.Generator().manual_seed(0)
+    scores = load_file(run.folder / "margins.safetensors")
+    by = "proxy" if "proxy_chosen" in scores else "base"
     margins = (scores[f"{by}_chosen"] - scores[f"{by}_rejected"]).double()
     margins = margins[torch.randperm(len(margins), generator=draw)[: len(margins) // m * m]]
     makers = batching.low_variance_batches, batching.random_batches, batching.high_variance_batches
@@ -551,13 +579,15 @@ def wins_of(model: str, baseline: str, judge: str, items: list[Comparison], pref
 def true_wins(run: Run, pairs: list[data.Pair], device: Any) -> list[Wins]:
     """On the built-in task, by its true reward: SAMPLES responses of each model to each prompt, each compared
     with each of another model's."""
-    prompts, responses, wins = {data.prompt_text(pair.row["prompt"]): pair.prompt for pair in pairs}, {}, []
+    prompts = {data.prompt_text(pair.row["prompt"]): pair.prompt for pair in pairs}
     tokenizer = lm.load_tokenizer(run.folder / "policy")
+    responses = {}  # [P][SAMPLES] texts by label
     for number, label in enumerate(run.models):
         how = Sampling(64, 1.0, 10 * run.settings["seed"] + number, 512)
         texts = generate(load(run, label, device), tokenizer, [*prompts.values()] * SAMPLES, how)
-        responses[label] = [texts[k :: len(prompts)] for k in range(len(prompts))]  # [P][SAMPLES]
+        responses[label] = [texts[k :: len(prompts)] for k in range(len(prompts))]
     start, *others = run.models
+    wins = []
     for model, baseline in [(other, start) for other in others] + [*zip(others[1:], others)]:
         items = []
         for prompt, theirs, mine in zip(prompts, responses[baseline], responses[model]):
@@ -567,7 +597,8 @@ def true_wins(run: Run, pairs: list[data.Pair], device: Any) -> list[Wins]:
 
 
 def margin_rows(margins: dict[str, Tensor]) -> list[Margins]:
-    rows, start = [], next(iter(margins.values()), None)
+    start = next(iter(margins.values()), None)
+    rows = []
     for label, values in margins.items():
         gained = Estimate(math.nan) if values is start else mean_of(100.0 * (values > start))
         variance = Estimate(values.var(unbiased=False).item())
@@ -577,27 +608,30 @@ def margin_rows(margins: dict[str, Tensor]) -> list[Margins]:
 
 def filter_sentences(run: Run, pairs: list[data.Pair]) -> list[str]:
     """What the filter kept and removed of a run's training pairs."""
-    removed, sentences = data.read_json(run.folder / "filter.json", {}), []
-    steps = {place: step for step in (1, 2) for place in removed.get(f"removed_step{step}", [])}
+    removed = data.read_json(run.folder / "filter.json", {})
+    if not removed:
+        return ["There was no filter."]
+    steps = {place: step for step in (1, 2) for place in removed[f"removed_step{step}"]}
+    sentences = []
     for step, name in enumerate(("The filter kept", "Its step 1 removed", "Its step 2 removed")):
         part = [pair for pair in pairs if steps.get(pair.source, 0) == step]
         longer = mean_of([len(pair.chosen) - len(pair.rejected) for pair in part]).value
         wrong = mean_of([pair.row["truth"]["margin"] < 0 for pair in part if "truth" in pair.row]).value
         sentence = f"{name} {len(part):,} of {len(pairs):,} pairs ({100 * len(part) / len(pairs):.1f} %)"
         if part:
-            sentence += (
-                f", chosen {abs(longer):.1f} tokens {'longer' if longer > 0 else 'shorter'} than rejected"
-            )
+            than = "longer" if longer > 0 else "shorter"
+            sentence += f", chosen {abs(longer):.1f} tokens {than} than rejected"
         if not math.isnan(wrong):
             sentence += f", {100 * wrong:.0f} % mislabelled"
         sentences.append(sentence + ".")
-    return sentences if removed else ["There was no filter."]
+    return sentences
 
 
 def make_report(run: Run, device: Any) -> dict[str, Any]:
     """report.json, made if it is not there or of another training, and judges' win rates: {"wins", "margins",
     "filter": sentences, "held_out": margins by model}. Every rank must call it."""
-    path, first = run.folder / "report.json", lm.rank_and_world()[0] == 0
+    path = run.folder / "report.json"
+    first = lm.rank_and_world()[0] == 0
     report = data.read_json(path, {})
     if report.get("training") != run.training:
         splits = data.load_splits(run.settings, lm.load_tokenizer(run.folder / "policy"))
@@ -701,7 +735,7 @@ def over_seeds(rows: list[Any], name: str) -> Any:
 
 def read_groups(folders: list[str], device: Any) -> list[Group]:
     """The finished runs among these folders, over seeds; the others are named and left out."""
-    runs, groups = [], []
+    runs = []
     for folder in folders:
         try:
             runs.append(open_run(folder))
@@ -709,15 +743,19 @@ def read_groups(folders: list[str], device: Any) -> list[Group]:
             print(f"left out: {error}")
     if not runs:
         raise ValueError("none of these folders is a finished run of train.py")
+    groups = []
     for together in alike(runs, SEEDS):
         name = commonprefix([run.folder.name for run in together]).strip("-_.") or together[0].folder.name
         if len(together) > 1:
             name += f" ({len(together)} seeds)"
         if len({run.settings["seed"] for run in together}) < len(together):
             raise ValueError(f"{name}: two of these runs have the same settings and seed: name one of them")
-        wins, margins, held_out = {}, [], []
+        wins = {}
+        margins = []
+        held_out = []
         for run in together:
-            report, (start, *_, policy) = make_report(run, device), run.models
+            report = make_report(run, device)
+            start, *_, policy = run.models
             for row in report["wins"]:
                 if (row.model, row.baseline) == (policy, start):
                     wins.setdefault(row.judge, []).append(row)
@@ -732,13 +770,11 @@ def read_groups(folders: list[str], device: Any) -> list[Group]:
 def report(args: argparse.Namespace) -> None:
     if len(args.runs) == 1:
         return report_run(args.runs[0], lm.choose_device())
-    wins, margins, sentences, runs = [], [], [], []
-    for group in read_groups(args.runs, lm.choose_device()):
-        wins += group.wins
-        margins += group.margins
-        runs += group.runs
-        for run in group.runs:
-            sentences.append(f"{run.folder.name}: {' '.join(make_report(run, None)['filter'])}")
+    groups = read_groups(args.runs, lm.choose_device())
+    wins = [row for group in groups for row in group.wins]
+    margins = [row for group in groups for row in group.margins]
+    runs = [run for group in groups for run in group.runs]
+    sentences = [f"{run.folder.name}: {' '.join(make_report(run, None)['filter'])}" for run in runs]
     show(wins, margins, sentences, runs)
 
 
@@ -765,9 +801,11 @@ def rates(axis: Any, groups: list[Group], free: set[str], x_label: str) -> None:
         raise ValueError(f"it needs win rates of runs that differ in {' or '.join(sorted(free))} alone")
     for arm in arms:
         arm.sort(key=place_of)
-        xs, rows = [group.place for group in arm], [group.wins[0] for group in arm]
+        xs = [group.place for group in arm]
+        rows = [group.wins[0] for group in arm]
         others = f", {arm[0].name} ..." if len(arms) > 1 else ""
-        axis.errorbar(xs, *zip(*[row.rate for row in rows]), marker="o", capsize=3, label=f"win rate{others}")
+        values, errors = zip(*[row.rate for row in rows])
+        axis.errorbar(xs, values, errors, marker="o", capsize=3, label=f"win rate{others}")
         values, errors = zip(*[row.controlled for row in rows])
         axis.errorbar(xs, values, errors, marker="^", capsize=3, label=f"at equal lengths{others}")
     axis.axhline(50, color="grey", linewidth=0.8, zorder=0)
@@ -794,66 +832,86 @@ def density(axis: Any, values: Any, label: str) -> None:
 NO_HELD_OUT = "it needs held-out pairs: train with --eval_share or --eval_data"
 
 
-def draw(name: str, figure: Any, groups: list[Group]) -> None:
-    """One figure. Raises ValueError that says what is missing for it."""
+def figure1(figure: Any, groups: list[Group]) -> None:
+    """The objective's loss over training, without amplification, as a moving mean."""
+    axis = figure.subplots()
+    for group in groups:
+        logs = [data.read_lines(run.folder / "metrics.jsonl") for run in group.runs]
+        curves = [[line["loss"] - line.get("amplification", 0.0) for line in log] for log in logs]
+        steps = min(map(len, curves))
+        loss = torch.tensor([curve[:steps] for curve in curves]).mean(0)
+        window = max(1, steps // 20)
+        epochs = torch.arange(window, steps + 1) / sum(line["epoch"] == 1 for line in logs[0])
+        axis.plot(epochs, loss.unfold(0, window, 1).mean(1), label=group.name)
+    axis.set(xlabel="epoch", ylabel="loss of the objective alone (nats a pair)")
+    axis.set_xticks(range(math.ceil(axis.get_xlim()[1])))
+    axis.grid(axis="x")
+
+
+def figure2(figure: Any, groups: list[Group]) -> None:
+    """Win rates by how batches are made."""
+    axis = figure.subplots()
+    kinds = ["low", "random", "high"]
+    placed = [group._replace(place=kinds.index(group.settings["batching"])) for group in groups]
+    rates(axis, placed, {"batching"}, "how batches are made")
+    axis.set_xticks([0, 1, 2], ["Low-Var", "Rnd-Var", "High-Var"])
+
+
+def figure3(figure: Any, groups: list[Group]) -> None:
+    """Mean margins of batches, of the first run."""
+    axis = figure.subplots()
     run = groups[0].runs[0]
-    if name == "figure1":
-        axis = figure.subplots()
-        for group in groups:
-            logs = [data.read_lines(run.folder / "metrics.jsonl") for run in group.runs]
-            curves = [[line["loss"] - line.get("amplification", 0.0) for line in log] for log in logs]
-            steps = min(map(len, curves))
-            loss, window = torch.tensor([curve[:steps] for curve in curves]).mean(0), max(1, steps // 20)
-            epochs = torch.arange(window, steps + 1) / sum(line["epoch"] == 1 for line in logs[0])
-            axis.plot(epochs, loss.unfold(0, window, 1).mean(1), label=group.name)
-        axis.set(xlabel="epoch", ylabel="loss of the objective alone (nats a pair)")
-        axis.set_xticks(range(math.ceil(axis.get_xlim()[1])))
-        axis.grid(axis="x")
-    elif name == "figure2":
-        kinds, axis = ["low", "random", "high"], figure.subplots()
-        groups = [group._replace(place=kinds.index(group.settings["batching"])) for group in groups]
-        rates(axis, groups, {"batching"}, "how batches are made")
-        axis.set_xticks([0, 1, 2], ["Low-Var", "Rnd-Var", "High-Var"])
-    elif name == "figure3":
-        axis = figure.subplots()
-        for kind, _, _, means in partitions(run):
-            density(axis, means, kind)
-        axis.set(xlabel=f"mean margin of a batch of {run.folder.name} (nats)")
-    elif name == "figure4":
-        left, middle, right = figure.subplots(1, 3)
-        placed = []
-        for group in groups:
-            constants = [data.read_json(run.folder / "config.json")["constants"] for run in group.runs]
-            weight = mean_of([values.get("lambda", 0.0) for values in constants]).value
-            placed.append(group._replace(place=weight))
-        rates(right, placed, {"lambda_reg"}, "λ")
-        arms = alike([group for group in placed if group.margins], SEEDS | {"lambda_reg"})
-        if not arms:
-            raise ValueError(NO_HELD_OUT)
-        arm = sorted(max(arms, key=len), key=place_of)
-        values, errors = zip(*[group.margins[0].accuracy for group in arm])
-        middle.errorbar(
-            [group.place for group in arm], values, errors, marker="o", capsize=3, label="accuracy"
-        )
-        middle.set(xlabel="λ", ylabel="accuracy (% of held-out pairs)")
-        for group in arm:
-            density(left, group.held_out, f"λ = {group.place:.3g}")
-        left.set(xlabel="margin of held-out pairs (nats)")
-    elif name == "figure5":
-        placed = []
-        for group in groups:
-            filters = [data.read_json(run.folder / "filter.json", {"ratio": 0.0}) for run in group.runs]
-            placed.append(group._replace(place=mean_of([100 * found["ratio"] for found in filters]).value))
-        free = {"filter_ratio", "tau", "gamma"}
-        rates(figure.subplots(), placed, free, "pairs that the filter removed (% of training pairs)")
-    else:
-        held_out = make_report(run, None)["held_out"]
-        if not held_out:
-            raise ValueError(NO_HELD_OUT)
-        axis = figure.subplots()
-        for label, margins in held_out.items():
-            density(axis, margins, label)
-        axis.set(xlabel=f"margin of held-out pairs by the models of {run.folder.name} (nats)")
+    for kind, _, _, means in partitions(run):
+        density(axis, means, kind)
+    axis.set(xlabel=f"mean margin of a batch of {run.folder.name} (nats)")
+
+
+def figure4(figure: Any, groups: list[Group]) -> None:
+    """Margins of held-out pairs, accuracy and win rates over lambda."""
+    left, middle, right = figure.subplots(1, 3)
+    placed = []
+    for group in groups:
+        constants = [data.read_json(run.folder / "config.json")["constants"] for run in group.runs]
+        weight = mean_of([values.get("lambda", 0.0) for values in constants]).value
+        placed.append(group._replace(place=weight))
+    rates(right, placed, {"lambda_reg"}, "λ")
+    arms = alike([group for group in placed if group.margins], SEEDS | {"lambda_reg"})
+    if not arms:
+        raise ValueError(NO_HELD_OUT)
+    arm = sorted(max(arms, key=len), key=place_of)
+    xs = [group.place for group in arm]
+    values, errors = zip(*[group.margins[0].accuracy for group in arm])
+    middle.errorbar(xs, values, errors, marker="o", capsize=3, label="accuracy")
+    middle.set(xlabel="λ", ylabel="accuracy (% of held-out pairs)")
+    for group in arm:
+        density(left, group.held_out, f"λ = {group.place:.3g}")
+    left.set(xlabel="margin of held-out pairs (nats)")
+
+
+def figure5(figure: Any, groups: list[Group]) -> None:
+    """Win rates over the share of pairs that the filter removed."""
+    placed = []
+    for group in groups:
+        filters = [data.read_json(run.folder / "filter.json", {"ratio": 0.0}) for run in group.runs]
+        placed.append(group._replace(place=mean_of([100 * found["ratio"] for found in filters]).value))
+    free = {"filter_ratio", "tau", "gamma"}
+    rates(figure.subplots(), placed, free, "pairs that the filter removed (% of training pairs)")
+
+
+def margins_by_model(figure: Any, groups: list[Group]) -> None:
+    """Margins of held-out pairs by each model of the first run."""
+    run = groups[0].runs[0]
+    held_out = make_report(run, None)["held_out"]
+    if not held_out:
+        raise ValueError(NO_HELD_OUT)
+    axis = figure.subplots()
+    for label, margins in held_out.items():
+        density(axis, margins, label)
+    axis.set(xlabel=f"margin of held-out pairs by the models of {run.folder.name} (nats)")
+
+
+FIGURES = {"figure1": figure1, "figure2": figure2, "figure3": figure3, "figure4": figure4}
+FIGURES.update({"figure5": figure5, "margins": margins_by_model})
 
 
 def figures(args: argparse.Namespace) -> None:
@@ -862,15 +920,16 @@ def figures(args: argparse.Namespace) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("figures need matplotlib: pip install matplotlib") from None
-    groups, folder = read_groups(args.runs, lm.choose_device()), Path(args.out)
+    groups = read_groups(args.runs, lm.choose_device())
+    folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00"]  # Okabe and Ito's
     look = cycler(color=colours, linestyle=["-", "--", "-.", ":", (0, (7, 2)), (0, (3, 1, 1, 1, 1, 1))])
-    for name in ("figure1", "figure2", "figure3", "figure4", "figure5", "margins"):
+    for name, draw in FIGURES.items():
         with rc_context({"axes.prop_cycle": look, "figure.dpi": 160}):
             figure = Figure((14, 5) if name == "figure4" else (8, 5), layout="constrained")
             try:
-                draw(name, figure, groups)
+                draw(figure, groups)
             except ValueError as error:
                 print(f"{name} is not drawn: {error}")
                 continue
@@ -888,15 +947,17 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, **look)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(run: Any, name: str, says: str, example: str) -> Any:
+    def command(run: Any, name: str, says: str, example: str) -> argparse.ArgumentParser:
         example = f"example:\n  python evaluate.py {name} {example}"
         one = commands.add_parser(name, help=says, description=says, epilog=example, **look)
         one.set_defaults(command=run)
-        return one.add_argument, one
+        return one
 
-    add, _ = command(report, "report", "Who won, held-out margins, what the filter removed.", "runs/*")
-    add("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
-    add, _ = command(write_outputs, "generate", "Outputs of a run and of its starting model.", "runs/rmo")
+    one = command(report, "report", "Who won, held-out margins, what the filter removed.", "runs/*")
+    one.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
+
+    one = command(write_outputs, "generate", "Outputs of a run and of its starting model.", "runs/rmo")
+    add = one.add_argument
     add("run", metavar="RUN", help="a folder that train.py wrote")
     add("--instructions", metavar="FILE", help="AlpacaEval's rows (default: the run's held-out prompts)")
     add("--max_new_tokens", type=int, default=256, help="tokens of an output, at most (default: 256)")
@@ -904,24 +965,30 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of sampling (default: 0)")
     add("--batch_size", type=int, default=16, help="prompts at a time, changes no output (default: 16)")
     add("--out", metavar="FOLDER", help="where to write (default: RUN/evaluation)")
+
     example = "runs/rmo --url https://api.openai.com/v1 --judge_model gpt-4o"
-    add, one = command(judge, "judge", "How often a judge prefers the run's outputs.", example)
+    one = command(judge, "judge", "How often a judge prefers the run's outputs.", example)
+    add = one.add_argument
     add("run", metavar="RUN", help="a folder that train.py wrote")
-    by = one.add_mutually_exclusive_group(required=True).add_argument
-    by("--url", help="an OpenAI-compatible endpoint; the key is OPENAI_API_KEY of the environment")
-    by("--reward_model", metavar="FOLDER", help="a sequence classifier with one label")
-    by("--run", dest="judge_run", metavar="RUN", help="the implicit reward of another run")
-    by("--true_reward", action="store_true", help="the reward of the built-in task")
+    by = one.add_mutually_exclusive_group(required=True)
+    by.add_argument(
+        "--url", help="an OpenAI-compatible endpoint; the key is the environment's OPENAI_API_KEY"
+    )
+    by.add_argument("--reward_model", metavar="FOLDER", help="a sequence classifier with one label")
+    by.add_argument("--run", dest="judge_run", metavar="RUN", help="the implicit reward of another run")
+    by.add_argument("--true_reward", action="store_true", help="the reward of the built-in task")
     add("--judge_model", default="gpt-4o", help="the model behind --url (default: gpt-4o)")
     add("--judge_prompt", metavar="FILE", help="its prompt, as AlpacaEval writes them (default: our own)")
     add("--concurrency", type=int, default=5, help="requests at a time (default: 5)")
     add("--out", metavar="FOLDER", help="where outputs are and judgements go (default: RUN/evaluation)")
-    add, _ = command(margins, "margins", "Margins of models on pairs.", "runs/rmo gpt2 --pairs test.jsonl")
-    add("models", nargs="+", metavar="MODEL", help="runs, model folders or hub ids")
-    add("--pairs", required=True, metavar="FILE", help="preferences in any form that train.py reads")
-    add, _ = command(figures, "figures", "The paper's figures, as far as runs allow.", "runs/* --out figures")
-    add("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
-    add("--out", required=True, metavar="FOLDER", help="where to write")
+
+    one = command(margins, "margins", "Margins of models on pairs.", "runs/rmo gpt2 --pairs test.jsonl")
+    one.add_argument("models", nargs="+", metavar="MODEL", help="runs, model folders or hub ids")
+    one.add_argument("--pairs", required=True, metavar="FILE", help="preferences, in any form of train.py's")
+
+    one = command(figures, "figures", "The paper's figures, as far as runs allow.", "runs/* --out figures")
+    one.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
+    one.add_argument("--out", required=True, metavar="FOLDER", help="where to write")
     return parser.parse_args(words)
 
 

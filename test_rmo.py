@@ -3011,7 +3011,7 @@ def axes_of(name, folders, monkeypatch):
     from matplotlib.figure import Figure
 
     figure = Figure()
-    evaluate.draw(name, figure, evaluate.read_groups(folders, CPU))
+    evaluate.FIGURES[name](figure, evaluate.read_groups(folders, CPU))
     return figure.axes
 
 
@@ -3034,7 +3034,7 @@ def test_figure_4_joins_only_runs_that_differ_in_lambda(runs, monkeypatch):
     assert any(set(line.get_ydata()) == {50} for line in right.lines)
     bare = [group._replace(margins=[]) for group in evaluate.read_groups(folders, torch.device("cpu"))]
     with pytest.raises(ValueError, match="needs held-out pairs"):
-        evaluate.draw("figure4", matplotlib.figure.Figure(), bare)
+        evaluate.FIGURES["figure4"](matplotlib.figure.Figure(), bare)
 
 
 # ---------------------------------------------------------------------------------------------------- command
