@@ -184,7 +184,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _read_file(name: str, path: Path) -> list[Row]:
-    rows, complaints = [], []
+    rows = []
+    complaints = []
     for place, value in _values(name, path):
         try:
             rows.append(_recognise(value, place))
@@ -205,7 +206,8 @@ def _read_file(name: str, path: Path) -> list[Row]:
 
 def _values(name: str, path: Path) -> Iterator[tuple[str, Any]]:
     """(place, value) for each line of a .jsonl file, item of a .json list, or row of a .parquet file."""
-    place, values = name, []
+    place = name
+    values = []
     plain_name = name.removesuffix(".gz")
     opened = open if name == plain_name else gzip.open
     try:
@@ -435,9 +437,11 @@ def tokenize_preferences(
     if max_length < 2 or (max_prompt_length is not None and not 1 <= max_prompt_length < max_length):
         raise ValueError(f"max_prompt_length {max_prompt_length} must be 1 to below max_length {max_length}")
     end, marks = _end_and_marks(tokenizer)
-    eos, special = tokenizer.eos_token_id, _special_tokens(tokenizer)
+    eos = tokenizer.eos_token_id
+    special = _special_tokens(tokenizer)
     bos = [id for id in tokenizer("a").input_ids[:1] if id == tokenizer.bos_token_id]
-    pairs, rendered, dropped, notes = [], [], defaultdict(list), Counter()
+    rendered = []
+    dropped = defaultdict(list)  # places of rows by the reason
     for row in rows:
         try:
             templated, texts = _render(row, tokenizer, chat, marks)
@@ -446,6 +450,8 @@ def tokenize_preferences(
             kind, _, detail = str(error).partition(": ")
             dropped[kind].append(f"{row['source']}: {detail}".removesuffix(": "))
 
+    pairs = []
+    notes = Counter()
     ids_of_rows = _token_ids([texts for _, _, texts in rendered], tokenizer)
     for (row, templated, texts), (prompt, *full) in zip(rendered, ids_of_rows):
         if templated:
@@ -457,7 +463,8 @@ def tokenize_preferences(
             notes["as plain text, without the chat template (with it: --chat always)"] += unused
             notes["with special tokens in plain text"] += not special.keys().isdisjoint(full[0] + full[1])
             if full[0][:1] != bos:
-                prompt, full = bos + prompt, [bos + ids for ids in full]
+                prompt = bos + prompt
+                full = [bos + ids for ids in full]
         # Tokens merged across the boundary are not those the prompt has alone: they go to the response.
         start = len(commonprefix([prompt, *full]))
         notes["with prompt and response merged at the boundary"] += start < len(prompt)
@@ -518,7 +525,8 @@ def describe(counts: dict[str, int]) -> str:
 def show(pair: Pair, tokenizer: Any) -> str:
     """A pair as the model sees it: special tokens stand in ⟦ ⟧, letters that look like them do not, ⏎ is a
     line end. Of long texts the middle is left out."""
-    special, lines = _special_tokens(tokenizer), [pair.source]
+    special = _special_tokens(tokenizer)
+    lines = [pair.source]
     for name, ids in zip(("prompt (no loss)", "chosen", "rejected"), pair[:3]):
         text = ""
         for is_special, run in groupby(ids, key=special.__contains__):
@@ -537,8 +545,10 @@ def _render(row: Row, tokenizer: Any, chat: str, marks: re.Pattern[str]) -> tupl
     Unusable where that would not be what the row says."""
     if "drop" in row:
         raise Unusable(row["drop"])
-    prompt, responses = row["prompt"], [row["chosen"], row["rejected"]]
-    is_text, template = isinstance(prompt, str), tokenizer.chat_template
+    prompt = row["prompt"]
+    responses = [row["chosen"], row["rejected"]]
+    is_text = isinstance(prompt, str)
+    template = tokenizer.chat_template
     templated = chat == "always"
     if chat == "auto":
         templated = not is_text or (is_transcript(prompt) and bool(template))
@@ -616,7 +626,8 @@ def _end_and_marks(tokenizer: Any) -> tuple[int, re.Pattern[str]]:
     end = tokenizer.eos_token_id
     if end is None:
         raise ValueError("the tokenizer has no end token (eos_token), so a response cannot end; set one")
-    special, marks = _special_tokens(tokenizer), {tokenizer.eos_token}
+    special = _special_tokens(tokenizer)
+    marks = {tokenizer.eos_token}
     system, user, assistant = ({"role": role, "content": "a"} for role in ("system", "user", "assistant"))
     for messages in ([system, user], [user, assistant, user], [user]):
         try:
@@ -648,7 +659,8 @@ def split_by_prompt(pairs: list[Pair], shares: tuple[float, ...], seed: int) -> 
 def load_splits(settings: dict[str, Any], tokenizer: Any) -> Splits:
     """The pairs of a run from its settings (the fields of train.Settings, or a run's config.json). held_out:
     eval_data if given, else a share of the data. Where there is SFT, a fifth of the rest goes to it (1:4)."""
-    seed, single_turn = settings["seed"], settings["single_turn"]
+    seed = settings["seed"]
+    single_turn = settings["single_turn"]
     lengths = settings["max_length"], settings["max_prompt_length"], settings["chat"]
     held_out_rows = None
     if list(settings["data"]) == [BUILTIN]:
@@ -725,12 +737,14 @@ def collate(pairs: list[Pair], one_row: bool = True) -> dict[str, Tensor]:
             owner[at_prompt_end][1] = owner_of_first + 1
 
     part = pad_sequence(parts, batch_first=True, padding_value=-1)  # [R, T]: 0 the prompt, -1 padding
-    here, following = part[:, :-1], part[:, 1:]
+    here = part[:, :-1]
+    following = part[:, 1:]
     keep = torch.zeros_like(part, dtype=torch.bool)
     keep[:, :-1] = (following > 0) & ((here == 0) | (here == following))  # not from chosen to rejected
     batch = {"input_ids": pad_sequence(ids, batch_first=True)}
     batch["positions"] = keep.flatten().nonzero().flatten()
-    batch["target"], batch["owner"] = torch.tensor(target), torch.tensor(owner)
+    batch["target"] = torch.tensor(target)
+    batch["owner"] = torch.tensor(owner)
     batch["lengths"] = torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in pairs])
     if not one_row:
         return batch | {"attention_mask": part >= 0}
@@ -794,13 +808,15 @@ def synthetic_preferences(count: int, seed: int, held_out: bool = False) -> list
     """Rows of the built-in task, with "truth": {margin: true reward, chosen minus rejected; flipped}. Labels
     are drawn from Eq. 3 on the true reward, so that close pairs are ambiguous by nature; FLIPPED_SHARE of
     them are then turned round. held_out: of prompts that the other rows never use (one in six)."""
-    draw, rows = random.Random(f"{seed} {held_out}"), []
     prompts = [*TASK_PROMPTS]
     random.Random(0).shuffle(prompts)
     prompts = prompts[: len(prompts) // 6] if held_out else prompts[len(prompts) // 6 :]
+    draw = random.Random(f"{seed} {held_out}")
+    rows = []
     for number in range(1, count + 1):
         prompt = draw.choice(prompts)
-        chosen, rejected = _response(prompt, draw), _response(prompt, draw)
+        chosen = _response(prompt, draw)
+        rejected = _response(prompt, draw)
         margin = true_reward(prompt, chosen) - true_reward(prompt, rejected)
         flipped = draw.random() < FLIPPED_SHARE
         first_wins = draw.random() < torch.sigmoid(torch.tensor(margin)).item()  # Eq. 3
@@ -813,6 +829,6 @@ def synthetic_preferences(count: int, seed: int, held_out: bool = False) -> list
 
 
 def _response(prompt: str, draw: random.Random) -> str:
-    kinds, weights = [_asked(prompt), DETAILS, POLITE, RUDE, FILLER], [30, 20, 15, 15, 20]
-    drawn = draw.choices(kinds, weights, k=draw.randint(2, 5))
+    kinds = [_asked(prompt), DETAILS, POLITE, RUDE, FILLER]
+    drawn = draw.choices(kinds, [30, 20, 15, 15, 20], k=draw.randint(2, 5))
     return " ".join(draw.choice(kind) for kind in drawn)

@@ -550,7 +550,9 @@ def save_checkpoint(
 
 def load_checkpoint(s: Settings, stage: str, model: nn.Module, optimizer: AdamW) -> tuple[int, Tensor | None]:
     """Put back what save_checkpoint wrote of this stage, if it did: the steps done, the epoch's batches."""
-    step, batches, moments = 0, None, {}
+    step = 0
+    batches = None
+    moments = {}
     path = s.folder / "checkpoint.safetensors"
     if path.is_file():
         with safe_open(path, "pt") as file:  # reads tensor by tensor
