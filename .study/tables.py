@@ -11,14 +11,14 @@ difference to plain training of the same seed (Student's t); gains whose interva
 import argparse
 import json
 from collections.abc import Callable
-from math import floor, log10
+from math import floor, gamma, log10, pi
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results.json"
 Row = dict[str, Any]
-Measure = Callable[[Row], float | None]
+Measure = Callable[[Row], Any]  # a number, or None where it was not measured
 NAMES = {"dpo": "DPO", "simpo": "SimPO", "dpo-0.1": "DPO, β = 0.1", "hh": "HH"}
 TABLE_ARMS = {
     "plain": "Rnd-Var: plain (the proxy)",
@@ -31,8 +31,10 @@ TABLE_ARMS = {
     "high+reg": "High-Var + Reg",
     "rmo": "RMO",
 }
+MAIN = [("rmo", "plain"), ("high", "plain"), ("low", "plain"), ("random+filter", "plain")]
+MAIN += [("random+reg", "plain"), ("rmo", "plain-twice")]  # the plan's main comparisons
 CONTROLS = {
-    "plain-twice": "plain, twice the epochs: as many steps as proxy and RMO together",
+    "plain-twice": "plain, twice the epochs: a few more steps than proxy and RMO together",
     "plain-fast": "plain, twice the learning rate",
     "rmo-step1": "RMO without step 2",
     "rmo-low": "RMO on Low-Var batches",
@@ -71,6 +73,7 @@ class Gain(NamedTuple):
     value: float
     half: float | None  # half of the 95 % interval; None of one seed
     seeds: int
+    p: float | None = None  # of no gain, two-sided
 
 
 # ------------------------------------------------------------------------------------------------- statistics
@@ -82,6 +85,27 @@ def t975(freedom: int) -> float:
     if freedom < 10:
         return table[freedom - 1]
     return 1.95996 + 2.37227 / freedom + 2.8225 / freedom**2 + 2.5559 / freedom**3
+
+
+def p_value(t: float, freedom: int) -> float:
+    """Two-sided, of Student's t: 1 minus the integral of its density from -|t| to |t|, by Simpson's rule."""
+    factor = gamma((freedom + 1) / 2) / gamma(freedom / 2) / (freedom * pi) ** 0.5
+    step = abs(t) / 1000
+    total = 0.0
+    for i in range(1001):
+        weight = 1 if i in (0, 1000) else 4 if i % 2 else 2
+        total += weight * (1 + (i * step) ** 2 / freedom) ** (-(freedom + 1) / 2)
+    return 1 - 2 * factor * total * step / 3
+
+
+def holm(ps: list[float]) -> list[float]:
+    """Corrected for being several, by Holm's method."""
+    corrected = [0.0] * len(ps)
+    largest = 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
+        corrected[i] = largest
+    return corrected
 
 
 def mean_of(values: list[float]) -> Mean | None:
@@ -96,8 +120,10 @@ def gain_of(pairs: list[tuple[float, float]]) -> Gain | None:
     mean = mean_of([after - before for before, after in pairs])
     if mean is None:
         return None
-    half = None if mean.error is None else t975(mean.seeds - 1) * mean.error
-    return Gain(mean.value, half, mean.seeds)
+    if not mean.error:
+        return Gain(mean.value, mean.error, mean.seeds)
+    half = t975(mean.seeds - 1) * mean.error
+    return Gain(mean.value, half, mean.seeds, p_value(mean.value / mean.error, mean.seeds - 1))
 
 
 class Study(NamedTuple):
@@ -172,9 +198,19 @@ def ratio(row: Row) -> float | None:
     return row.get("filter", {}).get("ratio")
 
 
+def length_correlation(row: Row) -> float | None:
+    """Of the base model's margins with the difference in length, over all training pairs."""
+    return row.get("filter", {}).get("length_correlation")
+
+
 def beta_sd(row: Row) -> float | None:
     """Of the proxy's margins; rows of the first commit have the base's sd where there is no proxy."""
     return row["beta"] * row["constants"]["sd"] if "partitions" in row else None
+
+
+def everything(row: Row) -> list[Any] | None:
+    """All that was measured of the policy, and what the filter removed."""
+    return [row["wins"], row["policy"], row["filter"]] if "filter" in row else None
 
 
 def minutes(row: Row) -> float | None:
@@ -271,16 +307,32 @@ def main_table(study: Study) -> str:
     return section("Tables 1, 2 and 4", header, rows, seeds_of(study, families))
 
 
+def main_comparisons(study: Study) -> str:
+    """The plan's twelve, with p-values, and these corrected for being twelve."""
+    comparisons = []
+    for family in ("dpo", "simpo"):
+        for number, (arm, against) in enumerate(MAIN, 1):
+            gain = study._replace(against=against).gain(family, arm, rate)
+            if gain and gain.p is not None:
+                name = f"{number}. {NAMES[family]}: {TABLE_ARMS[arm]} against {against}"
+                comparisons.append((name, gain))
+    rows = []
+    for (name, gain), corrected in zip(comparisons, holm([gain.p for _, gain in comparisons])):
+        rows.append([name, gain_cell(gain, gain.seeds), f"{gain.p:.2g}", f"{corrected:.2g}"])
+    header = ["comparison", "difference in win rate", "p", "p, Holm's of all these"]
+    return section("The main comparisons", header, rows)
+
+
 def gains_table(study: Study, title: str, arms: dict[str, str], families: list[str]) -> str:
-    """Gains in win rate, and at equal lengths, two columns a family."""
-    header = [f"gain in win rate over {study.against}"]
+    """Win rates, their gains, and gains at equal lengths, three columns a family."""
+    header = ["arm"]
     for family in families:
-        header += [NAMES[family], "at equal lengths"]
+        header += [f"{NAMES[family]}: win rate %", f"gain over {study.against}", "gain at equal lengths"]
     rows = []
     for arm, name in arms.items():
         cells = [name]
         for family in families:
-            cells += gain_cells(study, family, arm)
+            cells += [mean_cell(study.mean(family, arm, rate)), *gain_cells(study, family, arm)]
         rows.append(cells)
     return section(title, header, rows)
 
@@ -288,24 +340,27 @@ def gains_table(study: Study, title: str, arms: dict[str, str], families: list[s
 def choice(study: Study) -> str:
     """By the plan: the candidate whose smallest mean gain over the families is the largest."""
     smallest = {}
+    seeds = set()
     for arm in LABELS:
         gains = [study.gain(family, arm, rate) for family in ("dpo", "simpo", "dpo-0.1")]
         if all(gains):
             smallest[arm] = min(gain.value for gain in gains)
-    if len(smallest) < len(LABELS):
-        return "No choice: not all candidates have rows."
+            seeds.update(gain.seeds for gain in gains)
+    if len(smallest) < len(LABELS) or len(seeds) > 1:
+        return "No choice: the candidates are not all there, on the same number of seeds."
     chosen = max(smallest, key=smallest.__getitem__)
     return f"By the plan's rule the choice is {chosen}, whose smallest mean gain is {smallest[chosen]:+.1f}."
 
 
 def made_twice(study: Study) -> str:
-    """Two arms of step 1 that are the same run for DPO, made twice: whether they agree to the last bit."""
+    """Two arms of step 1 that are the same run for DPO, made twice: whether all that was measured agrees."""
     notes = []
     for arm in ("relative", "relative-crossfit"):
-        once, again = study.values("dpo", arm, rate), study.values("dpo", f"dpo-{arm}", rate)
+        once = study.values("dpo", arm, everything)
+        again = study.values("dpo", f"dpo-{arm}", everything)
         both = once.keys() & again.keys()
         same = sum(once[seed] == again[seed] for seed in both)
-        notes.append(f"DPO's {arm} and dpo-{arm} give the same number on {same} of {len(both)} seeds.")
+        notes.append(f"DPO's {arm} and dpo-{arm} measure the same on {same} of {len(both)} seeds.")
     return " ".join(notes)
 
 
@@ -348,8 +403,8 @@ def filter_table(study: Study) -> str:
     header = ["means over seeds", "step 1", "step 2", "kept", "all"]
     what = {
         "share": "share of the pairs (%)",
-        "longer": "chosen longer than rejected by (tokens)",
         "mislabelled": "truly mislabelled (%)",
+        "longer": "chosen longer than rejected by (tokens)",
     }
     rows = []
     shown = [("dpo", "rmo"), ("simpo", "rmo"), ("dpo-0.1", "rmo"), ("hh", "rmo")]
@@ -360,6 +415,8 @@ def filter_table(study: Study) -> str:
             for part in ("step1", "step2", "kept", "all"):
                 cells.append(mean_cell(study.mean(family, arm, inside("filter", part, key))))
             rows.append(cells)
+        correlated = mean_cell(study.mean(family, arm, length_correlation))
+        rows.append([f"{NAMES[family]}, {arm}: base margin's correlation with that", "", "", "", correlated])
     return section("What the filter removes", header, rows)
 
 
@@ -441,6 +498,7 @@ def all_tables(study: Study) -> str:
     families = ["dpo", "simpo", "dpo-0.1"]
     tables = [
         main_table(study),
+        main_comparisons(study),
         gains_table(study, "Controls", CONTROLS, ["dpo", "simpo"]),
         lambda_curve(study, "dpo"),
         lambda_curve(study, "simpo"),
@@ -484,6 +542,8 @@ def made_up() -> list[Row]:
 
 def check() -> None:
     assert [round(t975(n), 2) for n in (1, 9, 10, 30)] == [12.71, 2.26, 2.23, 2.04]
+    assert [round(p_value(t, n), 3) for t, n in ((2.262, 9), (-12.706, 1), (0, 4))] == [0.05, 0.05, 1.0]
+    assert holm([0.03, 0.01, 0.02, 0.9]) == [0.06, 0.04, 0.06, 0.9]
     study = Study(made_up())
     # 3 points; standard deviation 1, so 4.303 / sqrt(3) = 2.48
     assert gain_cell(study.gain("dpo", "rmo", rate), 3) == "**+3.0 ± 2.5**"
@@ -499,6 +559,8 @@ def check() -> None:
     assert "| DPO: % of the bound | 0.10 ± 0.00 | - | - |" in table_3(study)
     assert "| DPO | 7.5 ± 0.0 |" in beta_table(study)
     assert "| default, 1.2 ± 0.0 | **+3.0 ± 2.5** |" in lambda_curve(study, "dpo")
+    # 3 / 0.577 = 5.196 at 2 degrees of freedom: 1 - t / sqrt(2 + t^2) = 0.035
+    assert "| 1. DPO: RMO against plain | **+3.0 ± 2.5** | 0.035 | 0.07 |" in main_comparisons(study)
     assert "No rows yet." in hh_tables(study)
     assert "| DPO, high | 31 | ValueError: refused |" in missing_table(study)
     assert "| DPO, high | 32 | not run |" in missing_table(study)
@@ -509,7 +571,7 @@ def check() -> None:
             value = number if family != "simpo" or arm == "plain" else -(number != 5)
             candidates.append({"family": family, "arm": arm, "seed": 25, "wins": {"judge": {"rate": value}}})
     assert "the choice is dpo-relative, whose smallest mean gain is +0.0" in choice(Study(candidates))
-    assert all_tables(Study([])).count("No rows yet.") == 16
+    assert all_tables(Study([])).count("No rows yet.") == 17
     print("tables.py: the sums are right")
 
 
