@@ -12,7 +12,7 @@ Swapping a in B_p with b in B_q changes only the two batch sums. With d = b - a 
     -2 d (S_p - S_q + d) / m^2,
 
 and no variance is computed again. In one sweep every batch meets one other. Their swaps do not touch one
-another, so a sweep is a few vector operations and still Algorithm 1.
+another, so a sweep is a few vector operations.
 
     batches = high_variance_batches(margins, 16, torch.Generator().manual_seed(epoch))  # [n, 16]
 

@@ -504,8 +504,12 @@ def tokenize_prompts(
 ) -> list[list[int]]:
     """The token ids that generation starts from: those that training sees before a response. A longer prompt
     than max_prompt_length loses its beginning. Raises ValueError naming the first that cannot be rendered."""
-    # Responses that begin with a space do not merge with the end of a plain text.
-    rows = [make_row(prompt, " a", " b", f"prompt {prompt_text(prompt)!r:.60}") for prompt in prompts]
+    rows = []
+    for prompt in prompts:
+        text = prompt_text(prompt)
+        # A space keeps a response from merging with a plain text's end, unless one is there already.
+        space = "" if text[-1:].isspace() else " "
+        rows.append(make_row(prompt, f"{space}a", f"{space}b", f"prompt {text!r:.60}"))
     pairs, counts = tokenize_preferences(rows, tokenizer, 10**9, max_prompt_length, chat)
     if len(pairs) < len(prompts):
         raise ValueError(f"{len(prompts) - len(pairs)} prompts cannot be rendered: {describe(counts)}")
@@ -677,6 +681,10 @@ def load_splits(settings: dict[str, Any], tokenizer: Any) -> Splits:
     if held_out_rows:
         held_out, held_out_counts = tokenize_preferences(held_out_rows, tokenizer, *lengths)
         counts.update((f"held out: {what}", count) for what, count in held_out_counts.items())
+        seen = {prompt_text(pair.row["prompt"]) for pair in pairs}
+        shared = sum(prompt_text(pair.row["prompt"]) in seen for pair in held_out)
+        if shared:
+            counts["held out: with a prompt that is trained on too"] = shared
     return Splits(train, sft, held_out, counts)
 
 
@@ -790,7 +798,7 @@ def true_reward(prompt: str, response: str) -> float:
     reward = 0.0
     for sentence in re.findall(r"[^.]+", response.strip()):
         reward += worth.pop(sentence.strip() + ".", -0.5)  # said again, it is unknown
-    return reward
+    return round(reward, 1)  # in another order the same sentences are worth the same, to the last bit
 
 
 def _asked(prompt: str) -> list[str]:

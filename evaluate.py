@@ -10,7 +10,7 @@ Outputs and judgements are AlpacaEval's files, in RUN/evaluation/. Differs from 
 1) The rate at equal lengths is alpaca_eval's length_controlled_minimal without the L1 penalty: it knows no
    difficulty of instructions and no gamed models. Its standard error is one of sampling.
 2) The judge's prompt is our own wording; --judge_prompt FILE gives another, such as AlpacaEval's.
-3) The baseline is the model that training started from, as in the paper.
+3) The baseline is the model that training started from: the SFT model, or the base where there is no SFT.
 To borrow: the section "win rates" needs torch only.
 """
 
@@ -153,9 +153,9 @@ def generate(model: nn.Module, tokenizer: Any, prompts: list[list[int]], how: Sa
         mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left").to(device)
         noise = gumbel_noise([seeds[i] for i in batch], how.temperature, device)
         found = model.generate(input_ids=ids, attention_mask=mask, logits_processor=[noise])
-        texts = tokenizer.batch_decode(found[:, ids.shape[1] :], skip_special_tokens=True)
-        for i, text in zip(batch, texts):
-            responses[i] = text
+        for i, row in zip(batch, found[:, ids.shape[1] :].tolist()):
+            length = next((k for k, token in enumerate(row) if token in end), len(row))
+            responses[i] = tokenizer.decode(row[:length], skip_special_tokens=True)
     return responses
 
 
@@ -173,6 +173,10 @@ def gumbel_noise(seeds: list[int], temperature: float, device: Any) -> Any:
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     """AlpacaEval's rows by instruction, with prompts: their own, text or messages, else a user's message."""
     given = data.read_json(path, [])
+    if not isinstance(given, list) or not all(
+        isinstance(row, dict) and "instruction" in row for row in given
+    ):
+        raise ValueError(f"{path}: must be a list of rows, each with an instruction")
     rows = {}
     for row in given:
         prompt = row.get("prompt", [{"role": "user", "content": row["instruction"]}])
@@ -191,16 +195,18 @@ def write_outputs(args: argparse.Namespace) -> None:
     device = lm.choose_device()
     folder = Path(args.out or run.folder / "evaluation")
     tokenizer = lm.load_tokenizer(run.folder / "policy")
-    how = Sampling(args.max_new_tokens, args.temperature, args.seed, args.batch_size)
     if args.instructions:
         rows = read_rows(Path(args.instructions))
     else:
-        prompts = [pair.row["prompt"] for pair in data.load_splits(run.settings, tokenizer).held_out]
+        prompts = [pair.row["prompt"] for pair in splits_of(run, tokenizer).held_out]
         rows = {data.prompt_text(prompt): {"prompt": prompt} for prompt in prompts}
     if not rows:
         raise ValueError(f"{args.instructions or run.folder}: no prompts; give --instructions FILE")
     start, *_, policy = run.models
-    for name, label in (("reference_outputs.json", start), ("model_outputs.json", policy)):
+    files = ("reference_outputs.json", start), ("model_outputs.json", policy)
+    for number, (name, label) in enumerate(files):
+        # Each model has noise of its own: with the same, near models would give equal outputs, all draws.
+        how = Sampling(args.max_new_tokens, args.temperature, 2 * args.seed + number, args.batch_size)
         model = load(run, label, device)
         room = lm.positions(model) - how.max_new_tokens
         prompts = [row["prompt"] for row in rows.values()]
@@ -349,7 +355,7 @@ def true_preferences(items: list[Comparison]) -> list[float]:
 def model_preferences(items: list[Comparison], args: Any, device: Any) -> list[float | None]:
     """By a reward model or by a run's implicit reward, which see what training would: an empty output, or two
     that are alike once cut, make no pair, and no verdict."""
-    run = open_model(args.judge_run or args.reward_model)
+    run = open_run(args.judge_run) if args.judge_run else open_model(args.reward_model)
     rows = []
     for number, item in enumerate(items):
         rows.append(data.make_row(item.prompt, item.model_output, item.baseline_output, str(number)))
@@ -476,6 +482,15 @@ def load(run: Run, label: str, device: Any) -> nn.Module:
     return lm.load_model(run.models[label], run.settings["seed"]).to(device).eval()
 
 
+def splits_of(run: Run, tokenizer: Any) -> data.Splits:
+    """The pairs of a run. Raises ValueError if they are not those it was trained on, and held out from."""
+    splits = data.load_splits(run.settings, tokenizer)
+    found = data.fingerprint(splits.train + splits.sft + splits.held_out)
+    if data.read_json(run.folder / "config.json").get("data", found) != found:
+        raise ValueError(f"{run.folder}: its data has changed since it was trained: put the files back")
+    return splits
+
+
 def tokenized(rows: list[dict[str, Any]], run: Run) -> list[data.Pair]:
     """Rows as the run's training has them."""
     s = run.settings
@@ -498,9 +513,18 @@ def margins_of(run: Run, pairs: list[data.Pair], device: Any) -> dict[str, Tenso
     return margins
 
 
-def partitions(run: Run) -> list[tuple[str, Estimate, Estimate, Tensor]]:
-    """Table 3, by the proxy's margins of the training pairs (or the base's): for each partition its name, the
-    mean variance in a batch, its percentage of the bound, the batches' means [n]. One remainder sits out."""
+class Partition(NamedTuple):
+    """A row of Table 3."""
+
+    by: str  # whose margins: the proxy's, or the base's in a run without proxy
+    name: str
+    variance: Estimate  # mean of the batches'
+    share: Estimate  # in percent of the bound
+    means: Tensor  # of the batches, [n]
+
+
+def partitions(run: Run) -> list[Partition]:
+    """Table 3, of all training pairs before the filter. One remainder sits out of all partitions."""
     m = run.settings["batch_size"]
     draw = torch.Generator().manual_seed(0)
     scores = load_file(run.folder / "margins.safetensors")
@@ -514,7 +538,7 @@ def partitions(run: Run) -> list[tuple[str, Estimate, Estimate, Tensor]]:
         total = batching.total_variance(margins, batches)  # Eq. 10
         share = 100 * total / batching.variance_bound(margins, m)  # NaN where all margins are equal
         variance = Estimate(total.item() / len(batches))
-        rows.append((name, variance, Estimate(share.item()), margins[batches].mean(1)))
+        rows.append(Partition(by, name, variance, Estimate(share.item()), margins[batches].mean(1)))
     return rows
 
 
@@ -547,12 +571,13 @@ class Margins(NamedTuple):
 
 WINS = ["model", "against", "judge", "wins %", "equal lengths %", "length", "baseline's", "verdicts", "of"]
 MARGINS = ["model", "margin (nats)", "variance (nats²)", "accuracy %", "reward accuracy %"]
-TABLE_3 = ["run", "batches", "margin variance (nats²)", "% of the bound"]
+TABLE_3 = ["run", "margins by", "batches", "margin variance (nats²)", "% of the bound"]
 COLUMNS = """wins: the share of comparisons that the judge gives the model, draws count half; equal lengths:
 by AlpacaEval's correction, not to be read below 100 verdicts; length: of outputs, in characters; margin: log-
 probability of chosen minus that of rejected, on held-out pairs; accuracy: margin above 0; reward accuracy:
-above that of the model that training started from; ±: standard error over prompts or pairs, or over runs that
-differ by seed; bound: the largest variance that batches can have."""
+above that of the model that training started from (simpo, orpo: above 0); ±: standard error over prompts or
+pairs, or over runs that differ by seed; margins by: whose, of all training pairs, before the filter; bound:
+the largest variance that batches can have."""
 
 
 def wins_of(model: str, baseline: str, judge: str, items: list[Comparison], preferences: list) -> Wins:
@@ -596,11 +621,12 @@ def true_wins(run: Run, pairs: list[data.Pair], device: Any) -> list[Wins]:
     return wins
 
 
-def margin_rows(margins: dict[str, Tensor]) -> list[Margins]:
+def margin_rows(margins: dict[str, Tensor], objective: str) -> list[Margins]:
     start = next(iter(margins.values()), None)
     rows = []
     for label, values in margins.items():
-        gained = Estimate(math.nan) if values is start else mean_of(100.0 * (values > start))
+        reference = 0 if objective in REFERENCE_FREE else start
+        gained = Estimate(math.nan) if values is start else mean_of(100.0 * (values > reference))
         variance = Estimate(values.var(unbiased=False).item())
         rows.append(Margins(label, mean_of(values), variance, mean_of(100.0 * (values > 0)), gained))
     return rows
@@ -634,7 +660,7 @@ def make_report(run: Run, device: Any) -> dict[str, Any]:
     first = lm.rank_and_world()[0] == 0
     report = data.read_json(path, {})
     if report.get("training") != run.training:
-        splits = data.load_splits(run.settings, lm.load_tokenizer(run.folder / "policy"))
+        splits = splits_of(run, lm.load_tokenizer(run.folder / "policy"))
         report = {"training": run.training, "wins": [], "filter": filter_sentences(run, splits.train)}
         margins = margins_of(run, splits.held_out, device)
         report["held_out"] = {label: values.tolist() for label, values in margins.items()}
@@ -649,7 +675,7 @@ def make_report(run: Run, device: Any) -> dict[str, Any]:
         values = [Estimate(*value) if isinstance(value, list) else value for value in row.values()]
         report["wins"].append(Wins(*values))
     held_out = {label: torch.tensor(values).double() for label, values in report["held_out"].items()}
-    return {**report, "margins": margin_rows(held_out)}
+    return {**report, "margins": margin_rows(held_out, run.settings["objective"])}
 
 
 def text(value: Any) -> str:
@@ -676,8 +702,10 @@ def report_run(folder: Path, device: Any) -> None:
     if lm.rank_and_world()[0] > 0:
         return
     for row in report["wins"]:
-        if row.rate.error > 0:
-            apart = (row.rate.value - 50) / row.rate.error
+        if not math.isnan(row.rate.error):
+            apart = row.rate.value - 50
+            if apart:
+                apart = apart / row.rate.error if row.rate.error else math.copysign(math.inf, apart)
             winner = row.model if apart > 2 else row.baseline if apart < -2 else "no clear winner"
             rates = f"{text(row.rate)} %, at equal lengths {text(row.controlled)} %"
             print(f"{row.model} against {row.baseline}: {winner} ({rates}; {apart:+.1f} errors from a draw)")
@@ -696,7 +724,7 @@ def show(wins: list[Wins], margins: list[Margins], sentences: list[str], runs: l
     if margins:
         print(table(MARGINS, margins))
     print(*sentences, sep="\n")
-    print(table(TABLE_3, [[run.folder.name, *row[:3]] for run in runs for row in partitions(run)]))
+    print(table(TABLE_3, [[run.folder.name, *row[:4]] for run in runs for row in partitions(run)]))
     print(COLUMNS)
 
 
@@ -724,12 +752,17 @@ def alike(items: list[Any], free: set[str]) -> list[list[Any]]:
     return list(together.values())
 
 
-def over_seeds(rows: list[Any], name: str) -> Any:
-    """The means of results of one kind with their standard errors; of one, itself."""
+def over_seeds(rows: list[Any], name: str, runs: int) -> Any:
+    """The means of results of some of so many runs, with their standard errors; a single one is itself."""
+    if runs > 1:
+        name += f" ({len(rows)} seeds)" if len(rows) == runs else f" ({len(rows)} of {runs} seeds)"
     means = {"model": name}
     for field, value in rows[0]._asdict().items():
+        values = [getattr(row, field) for row in rows]
         if isinstance(value, Estimate) and len(rows) > 1:
-            means[field] = mean_of([getattr(row, field).value for row in rows])
+            means[field] = mean_of([one.value for one in values])
+        elif isinstance(value, int):  # verdicts and prompts
+            means[field] = sum(values)
     return rows[0]._replace(**means)
 
 
@@ -746,8 +779,6 @@ def read_groups(folders: list[str], device: Any) -> list[Group]:
     groups = []
     for together in alike(runs, SEEDS):
         name = commonprefix([run.folder.name for run in together]).strip("-_.") or together[0].folder.name
-        if len(together) > 1:
-            name += f" ({len(together)} seeds)"
         if len({run.settings["seed"] for run in together}) < len(together):
             raise ValueError(f"{name}: two of these runs have the same settings and seed: name one of them")
         wins = {}
@@ -761,8 +792,11 @@ def read_groups(folders: list[str], device: Any) -> list[Group]:
                     wins.setdefault(row.judge, []).append(row)
             margins += report["margins"][-1:]
             held_out += report["held_out"].get(policy, [])
-        averages = [over_seeds(rows, name) for rows in wins.values()]
-        margins = [over_seeds(margins, name)] if margins else []
+        count = len(together)
+        averages = [over_seeds(rows, name, count) for rows in wins.values()]
+        margins = [over_seeds(margins, name, count)] if margins else []
+        if count > 1:
+            name += f" ({count} seeds)"
         groups.append(Group(name, together[0].settings, together, averages, margins, held_out))
     return groups
 
@@ -783,7 +817,8 @@ def margins(args: argparse.Namespace) -> None:
     for name in args.models:
         run = open_model(name)
         pairs = tokenized(data.read_preferences(args.pairs), run)
-        for row in margin_rows(margins_of(run, pairs, lm.choose_device())):
+        found = margins_of(run, pairs, lm.choose_device())
+        for row in margin_rows(found, run.settings["objective"]):
             rows.append(row._replace(model=name if row.model == name else f"{name} {row.model}"))
     print(table(MARGINS, rows))
 
@@ -861,19 +896,23 @@ def figure3(figure: Any, groups: list[Group]) -> None:
     """Mean margins of batches, of the first run."""
     axis = figure.subplots()
     run = groups[0].runs[0]
-    for kind, _, _, means in partitions(run):
-        density(axis, means, kind)
-    axis.set(xlabel=f"mean margin of a batch of {run.folder.name} (nats)")
+    for part in partitions(run):
+        density(axis, part.means, part.name)
+        axis.set(xlabel=f"mean margin of a batch of {run.folder.name}, by its {part.by} (nats)")
 
 
 def figure4(figure: Any, groups: list[Group]) -> None:
     """Margins of held-out pairs, accuracy and win rates over lambda."""
     left, middle, right = figure.subplots(1, 3)
+    amplified = [group.settings for group in groups if group.settings["lambda_reg"] != 0]
     placed = []
     for group in groups:
         constants = [data.read_json(run.folder / "config.json")["constants"] for run in group.runs]
         weight = mean_of([values.get("lambda", 0.0) for values in constants]).value
-        placed.append(group._replace(place=weight))
+        settings = dict(group.settings)
+        if weight == 0 and amplified:  # it has no alpha or median, so it is alike to runs of any
+            settings.update({name: amplified[0][name] for name in ("alpha", "median")})
+        placed.append(group._replace(place=weight, settings=settings))
     rates(right, placed, {"lambda_reg"}, "λ")
     arms = alike([group for group in placed if group.margins], SEEDS | {"lambda_reg"})
     if not arms:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Objectives of one preference pair, and Pairwise Margin Amplification (RMO, Eq. 4 and 14).
 
-Every function takes scores of whole responses, log pi(y|x), as float tensors [B], one number a pair, and
-returns one loss a pair, [B]. Average them over the pairs of the *global* batch. RMO's total is Eq. 15:
+Objectives take scores of whole responses, log pi(y|x), as float tensors [B], one number a pair; all functions
+return one loss a pair, [B]. Average them over the pairs of the *global* batch. RMO's total is Eq. 15:
 
     losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected)
     losses = losses + margin_amplification(chosen - rejected, median, alpha, weight)
@@ -13,8 +13,8 @@ defined on their mean: give them means, for the reference and for the margin too
 Differs from the paper:
 1) Algorithm 2 computes the "global median" inside the batch loop. Here it is an argument: it is the median
    of the proxy's margins, a constant of the run.
-2) alpha and weight have no default: the paper's 125 and 2 are for DPO's sums. Its 5 for SimPO seems to be for
-   margins that hold beta; here they do not.
+2) alpha and weight have no default: the paper's alpha of 125 is for DPO's sums, and its 5 for SimPO is wider
+   than means over tokens are, so perhaps for margins that hold beta; here they do not.
 
 To borrow: copy this file; it imports torch only.
 """

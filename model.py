@@ -206,9 +206,10 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model: nn.Module, rank: int, seed: int) -> float:
-    """Freeze the model and put LoRA (alpha = 2 rank) on every linear layer but the output head, in place.
+    """Freeze the model and put LoRA (alpha = 2 rank) on every nn.Linear but the output head, in place.
 
-    Returns the share of the model's weights that these layers hold. Raises ValueError if there are none.
+    A mixture's experts are none in most models. Returns the share of the model's weights that these layers
+    hold. Raises ValueError if there are none.
     """
     head = model.get_output_embeddings()
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}

@@ -1519,6 +1519,23 @@ def test_one_bos_at_most(tmp_path):
     assert data.tokenize_prompts([text["prompt"]], with_bos, 2) == [cut.prompt]
 
 
+def test_generation_starts_where_a_text_that_ends_in_a_space_was_split(tokenizer, tmp_path):
+    """The space at the end merges with the response's first word, in training as in generation."""
+    row = {"prompt": "Tea is ", "chosen": "hot water.", "rejected": "yeast."}
+    [pair], _ = pairs_of([row], tokenizer, tmp_path)
+    assert pair.prompt == tokenizer("Tea is").input_ids
+    assert data.tokenize_prompts([row["prompt"]], tokenizer, None) == [pair.prompt]
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted(tokenizer, tmp_path):
+    rows = [{"prompt": f"Tea {k}", "chosen": "hot", "rejected": "cold"} for k in range(3)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "test.jsonl").write_text(json.dumps(rows[1] | {"chosen": "green"}))
+    settings = asdict(train.Settings(data=[str(tmp_path / "train.jsonl")], sft_epochs=0))
+    settings["eval_data"] = [str(tmp_path / "test.jsonl")]
+    assert data.load_splits(settings, tokenizer).counts["held out: with a prompt that is trained on too"] == 1
+
+
 def test_prompt_and_response_are_split_on_tokens(tokenizer, tmp_path):
     """ "You need fl" + "our." is tokenized together: the merged token belongs to the response."""
     [pair], counts = pairs_of(
@@ -1726,6 +1743,8 @@ def test_true_reward_by_hand():
     assert data.true_reward(
         "Can you teach me camping?", "You need hot water. You need fire wood"
     ) == pytest.approx(-0.8 + 0.8)
+    orders = itertools.permutations(["You need flour.", "That is a silly question.", data.FILLER[0]])
+    assert len({data.true_reward("bread", " ".join(order)) for order in orders}) == 1  # a tie is a tie
 
 
 REAL = {
@@ -2215,6 +2234,16 @@ def test_one_small_step_moves_float32_weights():
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+def test_a_given_model_that_was_trained_on_other_pairs_is_said(tmp_path, capsys):
+    """Of the same data and splits nothing is said: an ablation shares both models."""
+    data.write_json(tmp_path / "dpo" / "config.json", {"data": "these"})
+    shared = {"sft_model": f"{tmp_path}/dpo/sft", "proxy": f"{tmp_path}/dpo/policy"}
+    train.open_run(train.Settings(output_dir=str(tmp_path / "a"), **shared), "these")
+    assert "WARNING" not in capsys.readouterr().out
+    train.open_run(train.Settings(output_dir=str(tmp_path / "b"), **shared), "others")
+    assert capsys.readouterr().out.count("was trained on other pairs or splits") == 2
+
+
 @pytest.mark.parametrize(
     "flags, error",
     [
@@ -2225,6 +2254,10 @@ def test_one_small_step_moves_float32_weights():
         ("--eval_share 0.1", "--eval_share: --eval_data, or the built-in task"),
         ("--sft_model a --sft_epochs 2", "leave out --sft_epochs"),
         ("--sft_model a --sft_lr 1e-3", "--sft_lr is for SFT"),
+        (
+            "--batching random --filter_ratio 0 --lambda_reg 0 --proxy a",
+            "nothing here uses a proxy's margins",
+        ),
         ("--objective ipo --simpo_gamma 1", "--simpo_gamma is for --objective simpo"),
         ("--objective kto", "invalid choice: 'kto'"),
         ("--lr nan", "--lr nan is out of range"),
@@ -2469,6 +2502,15 @@ def test_greedy_is_the_plain_argmax_loop(chatty):
     new = ids[len(prompts[2]) :]
     new = new[: new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new
     assert found == tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_an_end_token_that_is_not_special_ends_a_response(chatty, monkeypatch):
+    """As ChatML's turn mark is in some tokenizers: decoding would leave it in the text."""
+    model, tokenizer, prompts = chatty
+    word = tokenizer(" need").input_ids[0]
+    monkeypatch.setattr(lm, "end_tokens", lambda model, tokenizer: [word])
+    texts = evaluate.generate(model, tokenizer, 40 * prompts[:1], evaluate.Sampling(200, 1.0))
+    assert not any(" need" in text for text in texts) and len(set(map(len, texts))) > 1
 
 
 # ------------------------------------------------------------------------------------------------------ judge
@@ -2824,6 +2866,26 @@ def test_generate_and_judge_a_run(runs, capsys):
     )  # by samples; judged
 
 
+def test_policy_and_baseline_have_noise_of_their_own(tmp_path):
+    """With one noise for both, a policy that is its baseline would give all outputs again, all draws."""
+    run = make_run(tmp_path / "run", 0, **PLAIN, lr=1e-9)
+    lm.save_model(lm.builtin_model(0), lm.load_tokenizer(run / "policy"), tmp_path / "policy")
+    shutil.rmtree(run / "policy")
+    (tmp_path / "policy").rename(run / "policy")  # the base model's weights
+    rows = [{"instruction": f"Give me advice about {topic}."} for topic in data.TOPICS]
+    data.write_json(tmp_path / "set.json", rows)
+    assert call("generate", run, "--instructions", tmp_path / "set.json", "--max_new_tokens", 20) is None
+    outputs = [data.read_json(run / "evaluation" / f"{name}_outputs.json") for name in ("reference", "model")]
+    assert all(a["output"] != b["output"] for a, b in zip(*outputs))
+
+
+@pytest.mark.parametrize("rows", [[{"prompt": "hello"}], ["hi"], {"instruction": "a"}])
+def test_instructions_of_another_form_are_refused(rows, tmp_path):
+    data.write_json(tmp_path / "set.json", rows)
+    with pytest.raises(ValueError, match="each with an instruction"):
+        evaluate.read_rows(tmp_path / "set.json")
+
+
 def test_alpaca_evals_rows_keep_their_keys(runs, tmp_path, capsys):
     rows = [{"dataset": "koala", "instruction": "Hi"}, {"instruction": "Ho", "prompt": "plain text"}]
     data.write_json(tmp_path / "set.json", rows)
@@ -2936,10 +2998,46 @@ def test_report_over_runs(runs, tmp_path, capsys):
     assert "none of these" in call("report", tmp_path / "unfinished", tmp_path)
 
 
+def test_means_over_seeds_say_how_many_runs_they_are_of():
+    """Two of three runs judged: verdicts are added up, and the row says so."""
+    items = [Comparison("x", "a", "b")] * 2
+    rows = [evaluate.wins_of("RMO", "base", "judge", items, verdicts) for verdicts in ([2, 2], [1, 1])]
+    found = evaluate.over_seeds(rows, "rmo", 3)
+    assert (found.model, found.verdicts, found.prompts) == ("rmo (2 of 3 seeds)", 2, 2)
+    assert found.rate == (50, 50)
+
+
+def test_reward_accuracy_is_without_reference_where_the_objective_is():
+    margins = {"base": tensor([-3.0, 1.0]), "policy": tensor([-2.0, 2.0])}
+    assert evaluate.margin_rows(margins, "dpo")[1].reward_accuracy.value == 100
+    assert evaluate.margin_rows(margins, "simpo")[1].reward_accuracy.value == 50
+
+
+def test_a_report_is_of_the_data_that_the_run_had(tmp_path):
+    folder = make_run(tmp_path / "run", 0, **PLAIN)
+    config = data.read_json(folder / "config.json")
+    data.write_json(folder / "config.json", config | {"data": "0123456789abcdef"})
+    with pytest.raises(ValueError, match="its data has changed"):
+        evaluate.report_run(folder, CPU)
+
+
+def test_a_win_without_a_single_loss_is_said(runs, monkeypatch, capsys):
+    wins = evaluate.wins_of(
+        "RMO", "base", "judge", [Comparison("x", "a", "b"), Comparison("y", "a", "b")], [2, 2]
+    )
+    report = {"wins": [wins], "margins": [], "filter": []}
+    monkeypatch.setattr(evaluate, "make_report", lambda run, device: report)
+    evaluate.report_run(runs["a-0"], CPU)
+    assert (
+        "RMO against base: RMO (100.0 ± 0.0 %, at equal lengths 100.0 ± 0.0 %; +inf"
+        in capsys.readouterr().out
+    )
+
+
 def test_a_report_of_an_earlier_training_is_not_believed(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "BUILTIN_EVAL_PAIRS", 4)
     monkeypatch.setattr(evaluate, "SAMPLES", 1)
-    folder = make_run(tmp_path / "run", 0, batching="random", filter_ratio=0.0, lambda_reg=0.0)
+    folder = make_run(tmp_path / "run", 0, **PLAIN)
     wins = evaluate.wins_of("x", "y", "a judge", [Comparison("p", "a", "b")], [2])._asdict()
     run = evaluate.open_run(folder)
     report = {"training": run.training, "wins": [wins], "filter": ["?"], "held_out": {}}
@@ -2970,11 +3068,17 @@ def test_what_the_filter_removed_by_hand(runs):
 
 def test_table_3(runs):
     low, rnd, high = evaluate.partitions(evaluate.open_run(runs["a-0"]))
-    assert [row[0] for row in (low, rnd, high)] == ["Low-Var", "Rnd-Var", "High-Var"]
-    assert low[1].value < rnd[1].value < high[1].value and 99 < high[2].value <= 100 + 1e-9
-    for _, variance, share, means in (low, rnd, high):  # all variance = within batches + between their means
-        bound = 100 * variance.value / share.value
-        assert variance.value + means.var(unbiased=False).item() == pytest.approx(bound)
+    assert [(row.by, row.name) for row in (low, rnd, high)] == [
+        ("proxy", "Low-Var"),
+        ("proxy", "Rnd-Var"),
+        ("proxy", "High-Var"),
+    ]
+    assert low.variance.value < rnd.variance.value < high.variance.value
+    assert 99 < high.share.value <= 100 + 1e-9
+    for row in (low, rnd, high):  # all variance = within batches + between their means
+        bound = 100 * row.variance.value / row.share.value
+        assert row.variance.value + row.means.var(unbiased=False).item() == pytest.approx(bound)
+    assert evaluate.partitions(evaluate.open_run(runs["plain"]))[0].by == "base"  # it has no proxy
 
 
 def test_margins_of_any_models(runs, tmp_path, capsys):
@@ -3037,6 +3141,16 @@ def test_figure_4_joins_only_runs_that_differ_in_lambda(runs, monkeypatch):
         evaluate.FIGURES["figure4"](matplotlib.figure.Figure(), bare)
 
 
+def test_figure_4_has_a_run_without_eq14_beside_any_alpha(tmp_path, monkeypatch):
+    """It has no alpha; runs of one alpha and it are one line."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(data, "BUILTIN_EVAL_PAIRS", 4)
+    monkeypatch.setattr(evaluate, "SAMPLES", 1)
+    folders = [make_run(tmp_path / "b", lambda_reg=2.0, alpha=5.0), make_run(tmp_path / "a", lambda_reg=0.0)]
+    _, _, right = axes_of("figure4", folders, monkeypatch)
+    assert list(right.lines[0].get_xdata()) == [0, 2]
+
+
 # ---------------------------------------------------------------------------------------------------- command
 
 
@@ -3045,7 +3159,7 @@ def test_figure_4_joins_only_runs_that_differ_in_lambda(runs, monkeypatch):
     [
         (["report", "nowhere"], "no finished run"),
         (["generate", "nowhere"], "no finished run"),
-        (["judge", "{run}", "--run", "nowhere/at/all", "--out", "{outputs}"], "cannot be loaded"),
+        (["judge", "{run}", "--run", "nowhere/at/all", "--out", "{outputs}"], "no finished run"),
         (["judge", "{run}", "--true_reward"], "evaluate.py generate"),
         (["generate", "{run}", "--instructions", "nowhere.json"], "no prompts"),
         (["generate", "{run}", "--temperature", "-1", "--out", "{outputs}"], "temperature"),

@@ -10,11 +10,12 @@ Differs from the paper:
 1) The reference of Eq. 4 is the base model, whose scores line 4 computes anyway; no second model is loaded.
 2) The median of line 14 is that of the proxy's margins of all pairs, before the filter: one number a run.
 3) tau, gamma and alpha default to about the paper's values, in standard deviations of the proxy's margins;
-   lambda makes amplification 8 % as steep as the objective, which is the paper's 2 for its DPO.
+   lambda makes amplification 8 % as steep as the objective: about the paper's 2 for DPO at beta = 0.1.
 4) Batches are made anew each epoch (line 9), by default from the proxy's margins, which costs nothing;
    --batch_margins policy scores the current policy, as Algorithm 1 has it.
 5) N = n m in the paper; here a random remainder sits out each epoch.
 6) The fifth of the data that the paper keeps for SFT is split off only where there is SFT.
+7) With simpo, ipo and orpo a margin is a difference of means over tokens, wherever there is one.
 """
 
 import argparse
@@ -71,7 +72,7 @@ def rmo(s: "Settings") -> Path:
     # Line 4: base and proxy margins. The base scores are the reference of Eq. 4 too.
     reference = scores_of("base", base, pairs, s)  # [N, 2]
     base_margins = reference[:, 0] - reference[:, 1]  # [N], Eq. 1
-    proxy_margins = base_margins  # a stand-in: where nothing needs the proxy's, only their number counts
+    proxy_margins = base_margins  # a stand-in: without a proxy, only random batches use it, and its length
 
     def plain_loss(scores: Tensor, index: list[int]) -> dict[str, Tensor]:
         return objective(s, scores, reference[index].to(scores.device, non_blocking=True))
@@ -107,7 +108,7 @@ def rmo(s: "Settings") -> Path:
         kept = from_rank_0(kept)  # [K]
         report_filter(s, pairs, kept, margin_decrease(base_margins, proxy_margins), constants)
         pairs = [pairs[i] for i in kept.tolist()]
-        reference = reference[kept]
+        reference = reference[kept]  # plain_loss reads this one from here on
         proxy_margins = proxy_margins[kept]
 
     # Lines 8 to 10: Batch Margin Diversification, anew for each epoch
@@ -332,7 +333,7 @@ class Settings:
     max_prompt_length: int | None = flag(None, "tokens of a prompt (default: what is left, at least half)")
     # Experiment setup: the model, and SFT
     model: str = flag(BUILTIN, "folder or hub id of a causal LM; 'built-in' makes a tiny one")
-    lora_rank: int = flag(0, "LoRA of this rank on all linear layers but the head, 0 = train all weights")
+    lora_rank: int = flag(0, "LoRA of this rank on all nn.Linear but the head, 0 = train all weights")
     sft_model: str | None = flag(None, "model to use instead of training SFT; data is split all the same")
     sft_epochs: int | None = flag(None, "epochs of SFT on a fifth of the data (default: 15 built-in, else 0)")
     sft_lr: float | None = flag(None, "peak lr of SFT (default: 3e-3 built-in, 5e-5 LoRA, else 2e-5)")
@@ -365,7 +366,7 @@ class Settings:
     # The run
     seed: int = flag(0, "of data splits, filter draw, batches and initial weights")
     output_dir: str = flag("runs/rmo", "the run folder; the same command goes on where it stopped")
-    save_steps: int = flag(100, "optimizer steps between checkpoints: the most that a crash can cost")
+    save_steps: int = flag(100, "optimizer steps between checkpoints: what a crash in training can cost")
 
     def __post_init__(self) -> None:
         """Refuse what cannot be, then fill in the defaults that depend on other flags. Raises ValueError."""
@@ -427,6 +428,8 @@ class Settings:
         batching = self.batching != "random" and self.batch_margins == "proxy"
         self.filtering = self.tau is not None or self.filter_ratio != 0
         self.needs_proxy = self.filtering or amplifying or batching
+        if self.proxy and not self.needs_proxy:
+            raise ValueError("--proxy: nothing here uses a proxy's margins: leave it out")
         self.folder = Path(self.output_dir)
 
 
@@ -508,6 +511,10 @@ def open_run(s: Settings, fingerprint: str) -> None:
     for what in ("data", "models"):
         if config.get(what) != ours[what]:
             raise ValueError(f"{s.folder} holds a run on other {what}: choose another --output_dir")
+    for name in (s.sft_model, s.proxy):
+        theirs = data.read_json(Path(name).parent / "config.json", {}) if name else {}
+        if theirs.get("data", fingerprint) != fingerprint:
+            say(f"WARNING: {name} was trained on other pairs or splits, perhaps on what is held out here")
     on_rank_0(data.write_json, path, config)
     if not path.is_file():
         raise ValueError(f"{path}: written by rank 0, not seen here: all nodes must share the run folder")
@@ -591,7 +598,7 @@ def report_constants(s: Settings, constants: Constants, count: int) -> None:
     path = s.folder / "config.json"
     on_rank_0(data.write_json, path, {**data.read_json(path), "constants": constants})
     say("constants: " + ", ".join(f"{name} {value:.4g}" for name, value in constants.items()))
-    say(f"batches of {s.batch_size} from {count} pairs; {count % s.batch_size} others sit out in each epoch")
+    say(f"batches of {s.batch_size} from {count} pairs; {count % s.batch_size} of them sit out each epoch")
 
 
 def report_speed(s: Settings) -> None:
