@@ -169,7 +169,7 @@ def run_family(args: argparse.Namespace, family: str, seed: int, lock: Any) -> N
     done = run_arm(args, family, Arm("plain", "plain", f"{common} {sft} {PLAIN}"), seed, places, lock)
     if not done:
         return
-    shared = f"{common} --proxy {plain}/policy"
+    shared = common
     if builtin:
         shared += f" --sft_model {args.runs}/dpo/plain-{seed}/sft"
     arms = [arm for arm in ARMS if arm.group in args.groups and (not args.arms or arm.name in args.arms)]
@@ -179,7 +179,8 @@ def run_family(args: argparse.Namespace, family: str, seed: int, lock: Any) -> N
         if start(words, Path(f"{own}/crossfit-{seed}.log")) != 0:
             print(f"{family} crossfit {seed}: failed, see {own}/crossfit-{seed}.log", flush=True)
     for arm in arms:
-        run_arm(args, family, arm._replace(flags=f"{shared} {arm.flags}"), seed, places, lock)
+        proxy = "" if arm.flags.startswith(PLAIN) else f"--proxy {plain}/policy"
+        run_arm(args, family, arm._replace(flags=f"{shared} {proxy} {arm.flags}"), seed, places, lock)
 
 
 def run_arm(
