@@ -122,8 +122,12 @@ def main() -> None:
             run_family(args, family, seed, lock)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        for _ in pool.map(run_seed, args.seeds):
-            pass
+        try:
+            list(pool.map(run_seed, args.seeds))
+        except (
+            KeyboardInterrupt
+        ):  # the runs under way have got it too; the pool would go on with the next ones
+            os._exit(130)
 
 
 def parse() -> argparse.Namespace:
