@@ -373,7 +373,7 @@ def arms_named(study: Study, family: str, beginning: str) -> list[str]:
 def lambda_curve(study: Study, family: str) -> str:
     """Figure 4: lambda on High-Var + Filter, so that 0 is that arm, and RMO by default."""
     header = ["λ", "gain in win rate", "at equal lengths", "held-out margin (nats)", "accuracy %"]
-    header += ["reward accuracy %"]
+    header += ["above the SFT model's %"]
     rows = []
     for arm in ["high+filter", *arms_named(study, family, "lambda"), "rmo"]:
         name = {"high+filter": "0", "rmo": "default"}.get(arm, arm.removeprefix("lambda"))
