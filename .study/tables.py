@@ -364,6 +364,13 @@ def made_twice(study: Study) -> str:
     return " ".join(notes)
 
 
+def labels_table(study: Study) -> str:
+    table = gains_table(
+        study, "Step 1 alone, by other proxies and rules", LABELS, ["dpo", "simpo", "dpo-0.1"]
+    )
+    return f"{table}\n{choice(study)} {made_twice(study)}\n" if "No rows" not in table else table
+
+
 def arms_named(study: Study, family: str, beginning: str) -> list[str]:
     """Arms whose name is this and a number, by the number."""
     arms = {row["arm"] for row in study.rows if row["family"] == family and row["arm"].startswith(beginning)}
@@ -507,8 +514,7 @@ def all_tables(study: Study) -> str:
         filter_table(study),
         table_3(study),
         gains_table(study, "RMO with another filter", FILTERS, families),
-        gains_table(study, "Step 1 alone, by other proxies and rules", LABELS, families),
-        f"{choice(study)} {made_twice(study)}\n",
+        labels_table(study),
         beta_table(study),
         small_beta_table(study),
         hh_tables(study),
