@@ -66,6 +66,10 @@ class Splits(NamedTuple):
     held_out: list[Pair]
     counts: dict[str, int]
 
+    @property
+    def everything(self) -> list[Pair]:  # in the order of a run's fingerprint
+        return self.train + self.sft + self.held_out
+
 
 class Unusable(ValueError):
     """Why a row is no usable pair: "what is counted", or "what is counted: what this row has of it"."""

@@ -202,6 +202,7 @@ def write_outputs(args: argparse.Namespace) -> None:
         rows = {data.prompt_text(prompt): {"prompt": prompt} for prompt in prompts}
     if not rows:
         raise ValueError(f"{args.instructions or run.folder}: no prompts; give --instructions FILE")
+    prompts = [row["prompt"] for row in rows.values()]
     start, *_, policy = run.models
     files = ("reference_outputs.json", start), ("model_outputs.json", policy)
     for number, (name, label) in enumerate(files):
@@ -209,7 +210,6 @@ def write_outputs(args: argparse.Namespace) -> None:
         how = Sampling(args.max_new_tokens, args.temperature, 2 * args.seed + number, args.batch_size)
         model = load(run, label, device)
         room = lm.positions(model) - how.max_new_tokens
-        prompts = [row["prompt"] for row in rows.values()]
         ids = data.tokenize_prompts(prompts, tokenizer, room, run.settings["chat"])
         outputs = []
         for (text, row), output in zip(rows.items(), generate(model, tokenizer, ids, how)):
@@ -217,10 +217,9 @@ def write_outputs(args: argparse.Namespace) -> None:
             row = {**row, "instruction": text, "prompt": prompt, "output": output.strip()}
             outputs.append({**row, "generator": f"{label} of {run.folder.name}"})
         data.write_json(folder / name, outputs)
-        cut = (
-            f"{sum(len(prompt) == room for prompt in ids)} prompts were cut to {room} tokens, or are as long"
-        )
-        print(f"{folder / name}: {len(outputs)} outputs; {cut}")
+        full = sum(len(prompt) == room for prompt in ids)
+        counts = f"{len(outputs)} outputs; {full} prompts were cut to {room} tokens, or are as long"
+        print(f"{folder / name}: {counts}")
 
 
 # ------------------------------------------------------------------------------------------------------ judge
@@ -427,17 +426,20 @@ SAMPLES = 16  # responses of each model to each prompt of the built-in task
 
 class Run(NamedTuple):
     """A finished run, or a model as if it were one. models: folders or hub ids by label, from the one that
-    training started from to the policy. training: tells it from an earlier one in the same folder."""
+    training started from to the policy. training: tells it from an earlier one in the same folder.
+    fingerprint: of its data."""
 
     folder: Path
     settings: dict[str, Any]
     models: dict[str, str]
     training: str = ""
+    fingerprint: str | None = None
 
 
 def open_run(name: str | Path) -> Run:
     folder = Path(name)
-    s = data.read_json(folder / "config.json", {}).get("settings")
+    config = data.read_json(folder / "config.json", {})
+    s = config.get("settings")
     if s is None or not (folder / "policy").is_dir():
         raise ValueError(f"{folder}: no finished run (settings in config.json, policy/); train.py makes them")
     if s["sft_model"]:  # its SFT is that of the run that trained it, if there is one
@@ -454,7 +456,8 @@ def open_run(name: str | Path) -> Run:
         models[plain] = s["proxy"] or str(folder / "proxy")
     models[policy] = str(folder / "policy")
     times = (folder / "metrics.jsonl").read_bytes()  # no other training has the same wall times
-    return Run(folder, s, models, hashlib.sha256(times).hexdigest()[:16])
+    training = hashlib.sha256(times).hexdigest()[:16]
+    return Run(folder, s, models, training, config.get("data"))
 
 
 def method_of(s: dict[str, Any]) -> str:
@@ -485,8 +488,7 @@ def load(run: Run, label: str, device: Any) -> nn.Module:
 def splits_of(run: Run, tokenizer: Any) -> data.Splits:
     """The pairs of a run. Raises ValueError if they are not those it was trained on, and held out from."""
     splits = data.load_splits(run.settings, tokenizer)
-    found = data.fingerprint(splits.train + splits.sft + splits.held_out)
-    if data.read_json(run.folder / "config.json").get("data", found) != found:
+    if run.fingerprint not in (None, data.fingerprint(splits.everything)):
         raise ValueError(f"{run.folder}: its data has changed since it was trained: put the files back")
     return splits
 
@@ -896,9 +898,10 @@ def figure3(figure: Any, groups: list[Group]) -> None:
     """Mean margins of batches, of the first run."""
     axis = figure.subplots()
     run = groups[0].runs[0]
-    for part in partitions(run):
+    parts = partitions(run)
+    for part in parts:
         density(axis, part.means, part.name)
-        axis.set(xlabel=f"mean margin of a batch of {run.folder.name}, by its {part.by} (nats)")
+    axis.set(xlabel=f"mean margin of a batch of {run.folder.name}, by its {parts[0].by} (nats)")
 
 
 def figure4(figure: Any, groups: list[Group]) -> None:

@@ -466,8 +466,7 @@ def prepare(s: Settings) -> tuple[Any, list[Pair], list[Pair]]:
     say(f"lengths: chosen responses have {chosen:.1f} tokens on average, rejected ones {rejected:.1f}")
 
     model = lm.load_model(s.sft_model or s.model, s.seed).to(lm.choose_device())
-    everything = pairs + splits.sft + splits.held_out
-    lm.check_pairs(model, everything, tokenizer)
+    lm.check_pairs(model, splits.everything, tokenizer)
     description = f"model: {type(model).__name__}, {model.num_parameters():,} parameters"
     if s.lora_rank:
         share = lm.add_lora(model, s.lora_rank, s.seed)
@@ -477,7 +476,7 @@ def prepare(s: Settings) -> tuple[Any, list[Pair], list[Pair]]:
     say(f"{description}; {(4 * model.num_parameters() + 12 * trained) / 2**30:.2g} GiB besides activations")
     if not lm.takes_one_row(model, pairs):
         say("two rows a pair, slower: this model's mask or positions do not let responses share a prompt")
-    open_run(s, data.fingerprint(everything))
+    open_run(s, data.fingerprint(splits.everything))
     return tokenizer, pairs, sft_pairs
 
 

@@ -124,10 +124,8 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
             list(pool.map(run_seed, args.seeds))
-        except (
-            KeyboardInterrupt
-        ):  # the runs under way have got it too; the pool would go on with the next ones
-            os._exit(130)
+        except KeyboardInterrupt:
+            os._exit(130)  # the runs under way have got it too; the pool would go on with the next ones
 
 
 def parse() -> argparse.Namespace:

@@ -11,6 +11,7 @@ difference to plain training of the same seed (Student's t); gains whose interva
 import argparse
 import json
 from collections.abc import Callable
+from functools import cache
 from math import floor, gamma, log10, pi
 from pathlib import Path
 from statistics import fmean, stdev
@@ -79,14 +80,6 @@ class Gain(NamedTuple):
 # ------------------------------------------------------------------------------------------------- statistics
 
 
-def t975(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t; from 10 on by its series (Abramowitz and Stegun, 26.7.5)."""
-    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-    if freedom < 10:
-        return table[freedom - 1]
-    return 1.95996 + 2.37227 / freedom + 2.8225 / freedom**2 + 2.5559 / freedom**3
-
-
 def p_value(t: float, freedom: int) -> float:
     """Two-sided, of Student's t: 1 minus the integral of its density from -|t| to |t|, by Simpson's rule."""
     factor = gamma((freedom + 1) / 2) / gamma(freedom / 2) / (freedom * pi) ** 0.5
@@ -96,6 +89,19 @@ def p_value(t: float, freedom: int) -> float:
         weight = 1 if i in (0, 1000) else 4 if i % 2 else 2
         total += weight * (1 + (i * step) ** 2 / freedom) ** (-(freedom + 1) / 2)
     return 1 - 2 * factor * total * step / 3
+
+
+@cache
+def t975(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t, by bisection."""
+    low, high = 0.0, 20.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        if p_value(middle, freedom) > 0.05:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 def holm(ps: list[float]) -> list[float]:
@@ -323,7 +329,7 @@ def main_comparisons(study: Study) -> str:
     return section("The main comparisons", header, rows)
 
 
-def gains_table(study: Study, title: str, arms: dict[str, str], families: list[str]) -> str:
+def gains_table(study: Study, title: str, arms: dict[str, str], families: list[str], note: str = "") -> str:
     """Win rates, their gains, and gains at equal lengths, three columns a family."""
     header = ["arm"]
     for family in families:
@@ -334,7 +340,7 @@ def gains_table(study: Study, title: str, arms: dict[str, str], families: list[s
         for family in families:
             cells += [mean_cell(study.mean(family, arm, rate)), *gain_cells(study, family, arm)]
         rows.append(cells)
-    return section(title, header, rows)
+    return section(title, header, rows, note)
 
 
 def choice(study: Study) -> str:
@@ -362,13 +368,6 @@ def made_twice(study: Study) -> str:
         same = sum(once[seed] == again[seed] for seed in both)
         notes.append(f"DPO's {arm} and dpo-{arm} measure the same on {same} of {len(both)} seeds.")
     return " ".join(notes)
-
-
-def labels_table(study: Study) -> str:
-    table = gains_table(
-        study, "Step 1 alone, by other proxies and rules", LABELS, ["dpo", "simpo", "dpo-0.1"]
-    )
-    return f"{table}\n{choice(study)} {made_twice(study)}\n" if "No rows" not in table else table
 
 
 def arms_named(study: Study, family: str, beginning: str) -> list[str]:
@@ -503,6 +502,7 @@ def time_table(study: Study) -> str:
 
 def all_tables(study: Study) -> str:
     families = ["dpo", "simpo", "dpo-0.1"]
+    labels = f"{choice(study)} {made_twice(study)}"
     tables = [
         main_table(study),
         main_comparisons(study),
@@ -514,7 +514,7 @@ def all_tables(study: Study) -> str:
         filter_table(study),
         table_3(study),
         gains_table(study, "RMO with another filter", FILTERS, families),
-        labels_table(study),
+        gains_table(study, "Step 1 alone, by other proxies and rules", LABELS, families, labels),
         beta_table(study),
         small_beta_table(study),
         hh_tables(study),
