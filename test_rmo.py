@@ -2317,6 +2317,7 @@ def test_a_damaged_config_is_refused_by_name(content, tmp_path):
 
 
 def test_flags_may_stand_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # runs/rmo may be here already: README's first command makes it
     seen = []
     monkeypatch.setattr(train, "rmo", seen.append)
     monkeypatch.setattr(train, "report_speed", lambda s: None)
