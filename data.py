@@ -477,19 +477,17 @@ def tokenize_preferences(
 
         longest = max(len(response) for response in responses)
         budget = max_prompt_length or max(max_length - longest, max_length // 2)
-        if len(prompt) > budget:
-            notes["with the prompt truncated"] += 1
-            kept_bos = prompt[:1] if prompt[0] == tokenizer.bos_token_id and budget > 1 else []
-            prompt = kept_bos + prompt[len(prompt) - budget + len(kept_bos) :]
-        room = max_length - len(prompt)
+        kept = _without_beginning(prompt, budget, tokenizer.bos_token_id)
+        room = max_length - len(kept)
+        notes["with the prompt truncated"] += len(kept) < len(prompt)
         notes["with a response truncated"] += longest > room
         chosen, rejected = (response[:room] for response in responses)
-        if not prompt:
+        if not kept:
             dropped["empty prompt"].append(row["source"])
         elif chosen == rejected:
             dropped["identical after truncation"].append(row["source"])
         else:
-            pairs.append(Pair(prompt, chosen, rejected, row["source"], row))
+            pairs.append(Pair(kept, chosen, rejected, row["source"], row))
 
     counts = {"read": len(rows)}
     counts.update((note, count) for note, count in notes.items() if count)
@@ -617,6 +615,14 @@ def _one_end(response: list[int], templated: bool, end: int, eos: int) -> list[i
     if response[-1:] in ([end], [eos]):
         return response
     return [*response, end if templated else eos]
+
+
+def _without_beginning(prompt: list[int], most: int, bos: int | None) -> list[int]:
+    """At most so many tokens of a prompt: its last ones, and its BOS if there is room for both."""
+    if len(prompt) <= most:
+        return prompt
+    kept_bos = [bos] if prompt[0] == bos and most > 1 else []
+    return kept_bos + prompt[len(prompt) - most + len(kept_bos) :]
 
 
 def _special_tokens(tokenizer: Any) -> dict[int, str]:
