@@ -61,6 +61,7 @@ PLAIN = f"{RANDOM} {NO_FILTER} {NO_REG}"
 STEP_1 = f"{RANDOM} --tau -1000 {NO_REG}"  # with random batches, no step 2, no amplification
 OWN_CROSSFIT = "--scores {own}/crossfit-{seed}/crossfit.safetensors"
 DPO_CROSSFIT = "--scores {dpo}/crossfit-{seed}/crossfit.safetensors"
+RMO_SCORES = "shared --scores {own}/rmo-{seed}/margins.safetensors"
 DPO_SCORES = "--scores {dpo}/step1-{seed}/margins.safetensors"
 STARTED_FROM = ("plain", "step1")  # arms whose run folders others need
 
@@ -104,11 +105,11 @@ ARMS = [
     Arm("random+filter", "small_beta", f"{RANDOM} {NO_REG}"),
     Arm("random+reg", "small_beta", f"{RANDOM} {NO_FILTER}"),
     Arm("rmo", "small_beta", ""),
-    # HH
-    Arm("high", "hh", f"{NO_FILTER} {NO_REG}"),
-    Arm("random+filter", "hh", f"{RANDOM} {NO_REG}"),
-    Arm("random+reg", "hh", f"{RANDOM} {NO_FILTER}"),
-    Arm("rmo", "hh", ""),
+    # HH. The base's scores are plain training's; RMO computes the proxy's, for the arms behind it
+    Arm("rmo", "hh", "", "shared --scores {own}/plain-{seed}/margins.safetensors"),
+    Arm("high", "hh", f"{NO_FILTER} {NO_REG}", RMO_SCORES),
+    Arm("random+filter", "hh", f"{RANDOM} {NO_REG}", RMO_SCORES),
+    Arm("random+reg", "hh", f"{RANDOM} {NO_FILTER}", RMO_SCORES),
 ]
 GROUPS = list(dict.fromkeys(arm.group for arm in ARMS))
 
