@@ -180,6 +180,11 @@ def length(row: Row) -> float | None:
     return wins(row).get("length")
 
 
+def missing(row: Row) -> int | None:
+    """Prompts without a verdict: the model answered them with nothing."""
+    return wins(row).get("missing")
+
+
 def variance(row: Row) -> float | None:
     return row.get("policy", {}).get("variance")
 
@@ -457,15 +462,16 @@ def beta_table(study: Study) -> str:
 
 def hh_tables(study: Study) -> str:
     header = ["HH", "win rate %", "at equal lengths %", "gain", "gain at equal lengths", "characters"]
+    header += ["no verdict, most of a seed"]
     rows = []
     for arm, name in TABLE_ARMS.items():
+        lacking = study.values("hh", arm, missing).values()
         cells = [name, mean_cell(study.mean("hh", arm, rate)), mean_cell(study.mean("hh", arm, controlled))]
         cells += gain_cells(study, "hh", arm)
-        cells.append(mean_cell(study.mean("hh", arm, length)))
+        cells += [mean_cell(study.mean("hh", arm, length)), str(max(lacking)) if lacking else "-"]
         rows.append(cells)
     right = mean_cell(study.mean("hh", "plain", judge_accuracy))
-    missing = sum(wins(row).get("missing", 0) for row in study.rows if row["family"] == "hh")
-    note = f"The judge is right on {right} % of the labels. Prompts without a verdict, all runs: {missing}."
+    note = f"The judge is right on {right} % of the labels of a seed's test pairs."
     first = section("HH", header, rows, note)
 
     arms = [arm for arm in TABLE_ARMS if study.values("hh", arm, rate)]
@@ -568,6 +574,12 @@ def check() -> None:
     # 3 / 0.577 = 5.196 at 2 degrees of freedom: 1 - t / sqrt(2 + t^2) = 0.035
     assert "| 1. DPO: RMO against plain | **+3.0 ± 2.5** | 0.035 | 0.07 |" in main_comparisons(study)
     assert "No rows yet." in hh_tables(study)
+    answers = {"rate": 50.0, "controlled": 49.0, "length": 300.0}
+    hh = [
+        {"family": "hh", "arm": "plain", "seed": seed, "wins": {"judge": {**answers, "missing": seed}}}
+        for seed in (1, 2)
+    ]
+    assert "(the proxy) | 50.0 ± 0.0 | 49.0 ± 0.0 |  |  | 300.0 ± 0.0 | 2 |" in hh_tables(Study(hh))
     assert "| DPO, high | 31 | ValueError: refused |" in missing_table(study)
     assert "| DPO, high | 32 | not run |" in missing_table(study)
     # Gains are 1, 2, ... 9 in two families; in the third they are -1, but 0 of the fifth.
