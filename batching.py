@@ -25,7 +25,7 @@ Differs from the paper:
 5) N = n m in the paper. Here the N mod m pairs left over, drawn at random, sit out.
 
 To borrow: copy this file; it imports torch only. Margins are float [N], on any device. Batches are long
-[n, m] indices into them, on the CPU, in random order. Variances are population variances, in float64.
+[n, m] indices into them, on the CPU. Variances are population variances, in float64.
 All functions that make batches raise ValueError if N < m or a margin is not finite.
 """
 
@@ -39,7 +39,7 @@ def total_variance(margins: Tensor, batches: Tensor) -> Tensor:
 
 
 def variance_bound(margins: Tensor, batch_size: int) -> Tensor:
-    """What no split into batches of this size exceeds in total variance: (N/m) Var(margins)."""
+    """What total variance cannot exceed, and can reach only if m divides N: (N/m) Var(margins)."""
     return margins.double().cpu().var(unbiased=False) * len(margins) / batch_size
 
 
@@ -61,11 +61,10 @@ def high_variance_batches(
     generator: Generator | None = None,
     epsilon: float = 1e-8,
     patience: int = 50,
-    max_sweeps: int = 10_000,
 ) -> Tensor:
-    """Algorithm 1: batches of nearly equal means, long [n, m].
+    """Algorithm 1: batches of nearly equal means, long [n, m], in random order.
 
-    Stops when `patience` sweeps together raised the total variance by less than the share `epsilon`.
+    Stops when `patience` sweeps together raised the total variance by no more than the share `epsilon`.
     """
     pairs = _without_remainder(margins, batch_size, generator)
     values = margins.detach().double().cpu()[pairs]
@@ -74,8 +73,8 @@ def high_variance_batches(
     grid -= grid.mean()  # variances stay as they are, and smaller sums round less
     sums = grid.sum(dim=1)  # [n]
     n, m = batches.shape
-    totals = [grid.var(dim=1, unbiased=False).sum().item()]  # Q
-    for _ in range(max_sweeps):
+    totals = [total_variance(values, batches).item()]  # Q
+    while True:
         # Line 12: batches meet two by two, B_p and B_q; of an odd number one waits.
         p, q = torch.randperm(n, generator=generator)[: n // 2 * 2].view(2, -1)  # [n/2] each
         # Line 13: a at a random place i of B_p, and b at the place j of B_q where the swap gains most.
@@ -96,12 +95,11 @@ def high_variance_batches(
         if len(totals) > patience:
             before = totals[-1 - patience]
             if totals[-1] - before <= epsilon * before:
-                break
-    return _in_random_order(pairs[batches], generator)
+                return _in_random_order(pairs[batches], generator)
 
 
 def low_variance_batches(margins: Tensor, batch_size: int, generator: Generator | None = None) -> Tensor:
-    """The least total variance, long [n, m]: neighbours in the sorted order share a batch.
+    """The least total variance, long [n, m]: neighbours in the sorted order share a batch. In random order.
 
     The paper flips Algorithm 1's objective; sorting is the exact minimum of that.
     """

@@ -7,8 +7,8 @@ removes the pairs whose margin was negative and fell (Eq. 6 and 7). Step 2 keeps
 probability that grows with the size of its proxy margin (Eq. 8 and 9).
 
     sd = proxy.std(unbiased=False).item()    # the paper's tau of 14 and gamma of 1 are for an sd of 142
-    kept = dual_denoising_filter(base, proxy, 0.1 * sd, 0.01 * sd, torch.Generator().manual_seed(0))
-    tau = tau_for_ratio(base, proxy, ratio=0.2, gamma=0.01 * sd)    # or by what is to be removed in all
+    tau, gamma = 0.1 * sd, 0.01 * sd    # or tau_for_ratio(base, proxy, 0.2, gamma): 20 % removed in all
+    kept = dual_denoising_filter(base, proxy, tau, gamma, torch.Generator().manual_seed(0))
 
 Differs from the paper:
 1) Eq. 8 as printed, 0.5 [1 - tanh((x - tau) / gamma)], keeps the *small* margins. The text ("small margin
@@ -16,6 +16,8 @@ Differs from the paper:
    probability of removal: retention is 0.5 [1 + tanh((x - tau) / gamma)].
 2) The paper tunes tau to reach a filter ratio; `tau_for_ratio` solves for it.
    The ratio counts what both steps remove, over N.
+3) The default gamma of 1 is the paper's, for sums over tokens. For means (SimPO, IPO, ORPO) it is far too
+   wide: give 0.01 sd.
 
 To borrow: copy this file; it imports torch only.
 """
@@ -86,7 +88,7 @@ def dual_denoising_filter(
     """Both steps: the indices of the pairs to train on, long [K], ascending.
 
     generator: a CPU generator, for Eq. 9. One number is drawn for every pair, removed or not, so its fate
-    does not depend on other pairs' margins. Raises ValueError as the functions above.
+    does not depend on other pairs' margins. Raises ValueError as margin_decrease and retention_probability.
     """
     decrease = margin_decrease(base, proxy)
     draw = torch.rand(len(proxy), dtype=torch.float64, generator=generator).to(proxy.device)

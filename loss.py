@@ -11,10 +11,10 @@ A score is the sum of the log-probabilities of the response's tokens. The object
 defined on their mean: give them means, for the reference and for the margin too.
 
 Differs from the paper:
-1) Algorithm 2 computes the "global median" inside the batch loop. Here it is an argument: it is the median
-   of the proxy's margins, a constant of the run.
-2) alpha and weight have no default: the paper's alpha of 125 is for DPO's sums, and its 5 for SimPO is wider
-   than means over tokens are, so perhaps for margins that hold beta; here they do not.
+1) Algorithm 2 computes the "global median" inside the batch loop. Here it is an argument: give the median of
+   the proxy's margins of all pairs, once a run.
+2) alpha and weight have no default. The paper's alpha of 125 is for DPO's sums. Its 5 for SimPO is wider than
+   margins of means are: perhaps its margins are multiplied by beta. Ours are not.
 
 To borrow: copy this file; it imports torch only.
 """

@@ -8,8 +8,8 @@ Prompt tokens are excluded, the end token is included. Length-normalised objecti
     scores = score_pairs(model, pairs)                       # [N, 2], of chosen and rejected
     scores = sequence_logps(model, data.collate(pairs))      # the same of one batch, with gradient
 
-Logits are computed at response positions only, their log-softmax in float32, a few rows at a time. Weights
-are float32 (bf16 autocast on CUDA), dropout is off. Only safetensors are read, no remote code is run.
+Logits are computed at response positions only, their log-softmax in float32, a few positions at a time.
+Weights are float32 (bf16 autocast on CUDA), dropout is off. Only safetensors are read, no remote code is run.
 """
 
 import copy
@@ -257,10 +257,10 @@ def sequence_logps(
     half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and not exact)
     with half, head.register_forward_pre_hook(at_responses):
         logits = model(**inputs, use_cache=False).logits  # [K, V]
-    rows = max(1, LOGITS_AT_ONCE[device.type] // logits.shape[-1])
+    at_once = max(1, LOGITS_AT_ONCE[device.type] // logits.shape[-1])
     logps = [
         checkpoint(token_logps, part, target, use_reentrant=False, preserve_rng_state=False)
-        for part, target in zip(logits.split(rows), batch["target"].split(rows))
+        for part, target in zip(logits.split(at_once), batch["target"].split(at_once))
     ]
     logps = torch.cat(logps).flatten()  # [2 K]
     lengths = batch["lengths"]  # [B, 2]
@@ -334,7 +334,10 @@ def probes(pairs: list[Pair]) -> list[Pair]:
 
 
 def freeze_unreached(model: nn.Module, pairs: list[Pair]) -> int:
-    """Take weights that text never reaches (a vision tower's) out of training; how many those are."""
+    """Take weights that text does not reach (a vision tower's) out of training; how many those are.
+
+    Two pairs are tried. An expert of a mixture that both of them miss would be taken out too.
+    """
     batch = collate(probes(pairs)[1:], takes_one_row(model, pairs))
     sequence_logps(model, batch).sum().backward()
     unreached = [weight for weight in model.parameters() if weight.requires_grad and weight.grad is None]

@@ -72,14 +72,14 @@ def rmo(s: "Settings") -> Path:
     # Line 4: base and proxy margins. The base scores are the reference of Eq. 4 too.
     reference = scores_of("base", base, pairs, s)  # [N, 2]
     base_margins = reference[:, 0] - reference[:, 1]  # [N], Eq. 1
-    proxy_margins = base_margins  # a stand-in: without a proxy, only random batches use it, and its length
+    proxy_margins = base_margins  # a stand-in: where no proxy is needed, only its length is used
 
-    def plain_loss(scores: Tensor, index: list[int]) -> dict[str, Tensor]:
-        return objective(s, scores, reference[index].to(scores.device, non_blocking=True))
+    def proxy_loss(scores: Tensor, index: list[int]) -> dict[str, Tensor]:
+        return objective(s, scores, reference[index])
 
     if s.needs_proxy:
         random = random_plan(s, len(pairs))
-        proxy = s.proxy or fit("proxy", s, base, tokenizer, pairs, loss_of=plain_loss, batches_of=random)
+        proxy = s.proxy or fit("proxy", s, base, tokenizer, pairs, loss_of=proxy_loss, batches_of=random)
         proxy_scores = scores_of("proxy", proxy, pairs, s)  # [N, 2]
         proxy_margins = proxy_scores[:, 0] - proxy_scores[:, 1]  # [N], Eq. 1
 
@@ -92,7 +92,7 @@ def rmo(s: "Settings") -> Path:
     gamma = 0.01 * sd if s.gamma is None else s.gamma
     alpha = sd if s.alpha is None else s.alpha
     lambda_reg = default_lambda(s, reference, alpha) if s.lambda_reg is None else s.lambda_reg
-    median = proxy_margins.double().quantile(0.5).item() if s.median is None else s.median
+    median = proxy_margins.double().quantile(0.5).item() if s.median is None else s.median  # line 14
     constants = {"lambda": lambda_reg}
     if s.needs_proxy:
         constants["sd"] = sd
@@ -108,11 +108,11 @@ def rmo(s: "Settings") -> Path:
         kept = from_rank_0(kept)  # [K]
         report_filter(s, pairs, kept, margin_decrease(base_margins, proxy_margins), constants)
         pairs = [pairs[i] for i in kept.tolist()]
-        reference = reference[kept]  # plain_loss reads this one from here on
+        reference = reference[kept]
         proxy_margins = proxy_margins[kept]
 
     # Lines 8 to 10: Batch Margin Diversification, anew for each epoch
-    def diverse(epoch: int, model: nn.Module) -> Tensor:
+    def rmo_batches(epoch: int, model: nn.Module) -> Tensor:
         margins = proxy_margins
         if s.batch_margins == "policy":
             scores = lm.score_pairs(model, pairs, s.micro_batch_tokens, s.length_normalised, "policy scores")
@@ -121,7 +121,7 @@ def rmo(s: "Settings") -> Path:
 
     # Lines 12 to 17: training with Pairwise Margin Amplification
     def rmo_loss(scores: Tensor, index: list[int]) -> dict[str, Tensor]:
-        logged = plain_loss(scores, index)  # line 13
+        logged = objective(s, scores, reference[index])  # line 13
         if lambda_reg != 0:
             margin = scores[:, 0] - scores[:, 1]  # Eq. 1, the policy's alone
             amplification = loss.margin_amplification(margin, median, alpha, lambda_reg)  # line 15, Eq. 14
@@ -130,7 +130,7 @@ def rmo(s: "Settings") -> Path:
         return logged
 
     report_constants(s, constants, len(pairs))
-    policy = fit("policy", s, base, tokenizer, pairs, loss_of=rmo_loss, batches_of=diverse)
+    policy = fit("policy", s, base, tokenizer, pairs, loss_of=rmo_loss, batches_of=rmo_batches)
     on_rank_0((s.folder / "checkpoint.safetensors").unlink, missing_ok=True)
     return policy
 
@@ -141,6 +141,7 @@ def objective(s: "Settings", scores: Tensor, reference: Tensor) -> dict[str, Ten
     scores, reference: [B, 2], of chosen and rejected, by the policy and by the base model.
     """
     chosen, rejected = scores.unbind(1)
+    reference = reference.to(scores.device, non_blocking=True)
     ref = reference.unbind(1)  # of chosen, of rejected
     if s.objective == "dpo":  # Eq. 4
         losses = loss.dpo_loss(chosen, rejected, *ref, beta=s.beta, label_smoothing=s.label_smoothing)
@@ -152,12 +153,13 @@ def objective(s: "Settings", scores: Tensor, reference: Tensor) -> dict[str, Ten
         losses = loss.simpo_loss(chosen, rejected, beta=s.beta, gamma=s.simpo_gamma)
     elif s.objective == "orpo":
         losses = loss.orpo_loss(chosen, rejected, beta=s.beta)
+    margins = chosen - rejected  # Eq. 1
     reference_free = s.objective in loss.REFERENCE_FREE
     rewards = s.beta * (scores if reference_free else scores - reference)  # [B, 2]
     return {
         "loss": losses,
-        "margin_mean": chosen - rejected,  # Eq. 1
-        "margin_square": (chosen - rejected).double() ** 2,  # fit makes margin_variance of it
+        "margin_mean": margins,  # fit takes the means of all these
+        "margin_square": margins.double() ** 2,  # fit makes margin_variance of it
         "reward_accuracy": rewards[:, 0] > rewards[:, 1],
         "reward_chosen": rewards[:, 0],
         "reward_rejected": rewards[:, 1],
@@ -201,11 +203,13 @@ def fit(
     one_row = lm.takes_one_row(model, pairs)
     frozen = lm.freeze_unreached(model, pairs)
     if frozen:
-        say(f"{stage}: {frozen:,} weights that text never reaches stay as they are")
+        say(f"{stage}: {frozen:,} weights that text does not reach stay as they are")
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = AdamW(weights, lr=lr, weight_decay=0.0, fused=True)
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     first, batches = load_checkpoint(s, stage, model, optimizer)
+    if stage == "policy":  # lines of later steps are written again
+        on_rank_0(data.keep_lines, s.folder / "metrics.jsonl", first)
     steps_per_epoch = len(pairs) // s.batch_size
     total = epochs * steps_per_epoch
     warmup = max(1, round(s.warmup * total))
@@ -219,7 +223,9 @@ def fit(
         drawn = batches[number].tolist()  # the pairs of the global batch
 
         # Learning rate: up to lr over the warm-up, then down towards 0, linearly
-        rate = lr * min((step + 1) / warmup, (total - step) / (total - warmup + 1))
+        up = (step + 1) / warmup
+        down = (total - step) / (total - warmup + 1)  # both are 1 at the last step of the warm-up
+        rate = lr * min(up, down)
         optimizer.param_groups[0]["lr"] = rate
 
         # Each rank takes every world-th pair. DDP needs all ranks in each backward pass, so a rank without a
@@ -294,8 +300,9 @@ def default_lambda(s: "Settings", reference: Tensor, alpha: float) -> float:
     scores = reference.clone().requires_grad_()  # [N, 2]
     losses = objective(s, scores, reference)["loss"]
     (slopes,) = torch.autograd.grad(losses.sum(), scores)
-    slope = (slopes[:, 1] - slopes[:, 0]).mean().item() / 2  # -dloss/dmargin: each response moves by half
-    return 0.08 * slope * (4 * alpha)  # sigmoid(x / alpha) has the slope 1 / (4 alpha) in its middle
+    # A margin grows by 1 where chosen rises by 1/2 and rejected falls by 1/2.
+    fall = (slopes[:, 1] - slopes[:, 0]) / 2  # -dloss/dmargin, [N]
+    return 0.08 * fall.mean().item() * (4 * alpha)  # sigmoid(x / alpha) has the slope 1 / (4 alpha) at 0
 
 
 def generator(*key: Any) -> torch.Generator:
@@ -345,14 +352,16 @@ class Settings:
     # Line 4: the proxy
     proxy: str | None = flag(None, "model to use instead of training a proxy: a plain run's policy")
     # Lines 5 and 6: Dual Denoising Filtering
-    filter_ratio: float | None = flag(None, "share of pairs to remove, by a tau that does it; 0 = none")
+    filter_ratio: float | None = flag(None, "share of pairs that both steps remove; sets tau; 0 = none")
     tau: float | None = flag(None, "or Eq. 8's threshold on |proxy margin| (default: 0.1 sd)")
     gamma: float | None = flag(None, "Eq. 8: width of the soft threshold (default: 0.01 sd)")
     # Lines 8 to 10: Batch Margin Diversification
     batching: Literal["high", "random", "low"] = flag("high", "margin variance in a batch; high: Algorithm 1")
-    batch_margins: Literal["proxy", "policy"] = flag("proxy", "whose; policy scores all pairs each epoch")
+    batch_margins: Literal["proxy", "policy"] = flag("proxy", "whose margins; policy: scored anew each epoch")
     # Lines 14 and 15: Pairwise Margin Amplification
-    lambda_reg: float | None = flag(None, "Eq. 14's lambda, 0 = none (default: 0.16 alpha beta for dpo)")
+    lambda_reg: float | None = flag(
+        None, "Eq. 14's lambda, 0 = none (default: as steep as 0.16 alpha beta is for dpo)"
+    )
     alpha: float | None = flag(None, "Eq. 14's width (default: 1 sd)")
     median: float | None = flag(None, "Eq. 14's median (default: that of the proxy's margins)")
     # Line 16: training of proxy and policy
@@ -361,7 +370,9 @@ class Settings:
     lr: float | None = flag(None, "peak learning rate (default: 2e-4 built-in, 5e-5 LoRA, else 1e-6)")
     warmup: float = flag(0.1, "share of the steps in which lr rises; then it falls to 0; both linearly")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
-    micro_batch_tokens: int | None = flag(None, "at a time (default: CUDA 16384, CPU 384, built-in 2048)")
+    micro_batch_tokens: int | None = flag(
+        None, "in a micro-batch, with padding (default: CUDA 16384, CPU 384, built-in 2048)"
+    )
     gradient_checkpointing: bool = flag(False, "keep no activations: less memory, a third more time")
     # The run
     seed: int = flag(0, "of data splits, filter draw, batches and initial weights")
@@ -424,10 +435,10 @@ class Settings:
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
-        amplifying = self.lambda_reg != 0 and (self.median is None or self.alpha is None)
-        batching = self.batching != "random" and self.batch_margins == "proxy"
+        for_constants = self.lambda_reg != 0 and (self.median is None or self.alpha is None)
+        for_batches = self.batching != "random" and self.batch_margins == "proxy"
         self.filtering = self.tau is not None or self.filter_ratio != 0
-        self.needs_proxy = self.filtering or amplifying or batching
+        self.needs_proxy = self.filtering or for_constants or for_batches
         if self.proxy and not self.needs_proxy:
             raise ValueError("--proxy: nothing here uses a proxy's margins: leave it out")
         self.folder = Path(self.output_dir)
@@ -573,8 +584,6 @@ def load_checkpoint(s: Settings, stage: str, model: nn.Module, optimizer: AdamW)
                         moments.setdefault(int(name[0]), {})[name[1]] = file.get_tensor(key)
                 optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
                 say(f"{stage}: going on from step {step}")
-    if stage == "policy":  # lines of later steps are written again
-        on_rank_0(data.keep_lines, s.folder / "metrics.jsonl", step)
     return step, batches
 
 

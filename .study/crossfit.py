@@ -73,7 +73,7 @@ def train_proxy(
     """Plain training on these pairs, as train.py trains its proxy: the folder of the result."""
 
     def plain_loss(scores: Tensor, index: list[int]) -> dict[str, Tensor]:
-        return train.objective(s, scores, reference[index].to(scores.device))
+        return train.objective(s, scores, reference[index])
 
     random = train.random_plan(s, len(pairs))
     return train.fit(stage, s, base, tokenizer, pairs, loss_of=plain_loss, batches_of=random)
