@@ -213,6 +213,8 @@ def _values(name: str, path: Path) -> Iterator[tuple[str, Any]]:
     place = name
     values = []
     plain_name = name.removesuffix(".gz")
+    if not name.endswith(".parquet") and not plain_name.endswith((".json", ".jsonl", ".ndjson")):
+        raise ValueError(f"{name}: of no known kind; give {SOURCES}")
     opened = open if name == plain_name else gzip.open
     try:
         if name.endswith(".parquet"):
@@ -222,14 +224,12 @@ def _values(name: str, path: Path) -> Iterator[tuple[str, Any]]:
         elif plain_name.endswith(".json"):
             with opened(path, "rt", encoding="utf-8-sig") as file:
                 values = json.load(file)
-        elif plain_name.endswith((".jsonl", ".ndjson")):
+        else:
             with opened(path, "rt", encoding="utf-8-sig") as file:
                 for number, line in enumerate(file, 1):
                     place = f"{name}:{number}"
                     if line.strip():
                         yield place, json.loads(line)
-        else:
-            raise ValueError(f"of no known kind; give {SOURCES}")
     except ImportError:
         raise ValueError(f"{name}: reading .parquet needs pyarrow: pip install pyarrow") from None
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
@@ -246,6 +246,7 @@ def _values(name: str, path: Path) -> Iterator[tuple[str, Any]]:
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # turn marks of Anthropic HH's transcripts
 NAMES = {"user": "Human", "assistant": "Assistant", "system": "System"}
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+SYSTEMS = ("system", "system_prompt", "system_message")  # columns of a system message
 PROMPTS = ("prompt", "conversations", "messages", "question", "instruction", "input")  # columns of a prompt
 HARMLESS = {"role", "content", "from", "value", "name", "weight", "score", "id", "index", "timestamp"}
 # Filled, these change what a model should have seen: they are refused, for to drop them would be silent.
@@ -256,13 +257,14 @@ MEANINGFUL += ("image", "images", "video", "videos", "audio", "audios", "thinkin
 def make_row(prompt: str | Messages, chosen: str, rejected: str, source: str) -> Row:
     """A row from a prompt and two responses that models wrote. In a transcript a space stands before them."""
     if is_transcript(prompt):
-        chosen, rejected = f" {chosen.lstrip()}", f" {rejected.lstrip()}"
+        space = "" if prompt[-1].isspace() else " "
+        chosen, rejected = space + chosen.lstrip(), space + rejected.lstrip()
     return _checked(prompt, chosen, rejected, source)
 
 
 def _checked(prompt: str | Messages, chosen: str, rejected: str, source: str) -> Row:
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "source": source}
-    if not prompt:
+    if not any(turn["content"].strip() for turn in as_messages(prompt) if turn["role"] != "system"):
         row["drop"] = "empty prompt"
     elif not chosen.strip() or not rejected.strip():
         row["drop"] = "empty response"
@@ -279,20 +281,31 @@ def _recognise(value: Any, place: str) -> Row:
     if value.get("chosen") is None or value.get("rejected") is None:
         raise Unusable("no preference pair")
     prompt = _prompt(value)
-    sides = [_text_or_messages(value, key) for key in ("chosen", "rejected")]
+    sides = [text_or_messages(value, key) for key in ("chosen", "rejected")]
+    repeated = False
     if any(isinstance(given, list) for given in (prompt, *sides)):
         (prompt, chosen), (other_prompt, rejected) = [_split_messages(prompt, side) for side in sides]
     else:
+        given = prompt
         (prompt, chosen), (other_prompt, rejected) = _split_texts(prompt, sides)
-    if "system" in value:  # also an empty one makes messages of a text: one file is rendered in one way
+        repeated = bool(given) and not is_transcript(prompt) and [chosen, rejected] != sides
+    systems = [key for key in SYSTEMS if key in value]
+    if systems:  # also an empty one makes messages of a text: one file is rendered in one way
         if is_transcript(prompt):  # the space before a response belongs to plain text
             chosen, rejected = chosen.strip(), rejected.strip()
-        system = [_message({"role": "system", "content": value["system"]})] if value["system"] else []
+        texts = [value[key] for key in systems if value[key]]
+        if len(texts) > 1:
+            raise Unusable(f"{' and '.join(systems)} are filled: which one is the system message?")
+        system = [_message({"role": "system", "content": text}) for text in texts]
         prompt = _join(system, as_messages(prompt or []))
         other_prompt = _join(system, as_messages(other_prompt or []))
     row = _checked(prompt, chosen, rejected, place)
+    if repeated:
+        row["repeated"] = True  # tokenize_preferences counts them
     if prompt != other_prompt:
         row["drop"] = "prompts differ"
+    elif is_transcript(prompt) and any(HUMAN in response for response in (chosen, rejected)):
+        row["drop"] = "a response that goes on with the human's turn"
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -302,7 +315,7 @@ def _recognise(value: Any, place: str) -> Row:
 
 def _refuse_meaningful(value: dict[str, Any]) -> None:
     for key in MEANINGFUL:
-        if value.get(key):
+        if value.get(key) and value[key] not in ("[]", "{}", "null"):  # JSON of nothing
             raise ValueError(f"{key!r} is filled and would be lost: remove it, or such rows")
 
 
@@ -315,12 +328,13 @@ def _prompt(value: dict[str, Any]) -> str | Messages | None:
         del given["messages"]  # ultrafeedback_binarized has chosen in it again
     if len(given) > 1:
         raise Unusable(f"{' and '.join(given)} are filled: which one is the prompt?")
-    for key in given:
-        return _text_or_messages(given, key)
+    if given:
+        return text_or_messages(given, next(iter(given)))
     return "" if any(value.get(key) == "" for key in PROMPTS) else None
 
 
-def _text_or_messages(columns: dict[str, Any], key: str) -> str | Messages:
+def text_or_messages(columns: dict[str, Any], key: str) -> str | Messages:
+    """A column in one of the two forms. Raises ValueError if it has another."""
     value = columns[key]
     if isinstance(value, str):
         return value
@@ -377,11 +391,12 @@ def _split_messages(prompt: str | Messages | None, side: str | Messages) -> tupl
 
 
 def _join(prompt: Messages, turns: Messages) -> Messages:
-    """The turns before a response: one list repeats the other, or a part of it, or turns follow prompt."""
-    shorter, longer = sorted([prompt, turns], key=len)
-    texts = [(message["role"], message["content"].strip()) for message in longer]
-    if all((message["role"], message["content"].strip()) in texts for message in shorter):
-        return longer
+    """The turns before a response: the turns hold the prompt, or are its end, or follow it."""
+    known, said = [[(turn["role"], turn["content"].strip()) for turn in part] for part in (prompt, turns)]
+    if any(said[i : i + len(known)] == known for i in range(len(said) - len(known) + 1)):
+        return turns
+    if len(said) <= len(known) and known[len(known) - len(said) :] == said:
+        return prompt
     if all(message["role"] == "system" for message in turns):
         return turns + prompt
     if turns[0]["role"] not in ("system", prompt[-1]["role"]):
@@ -390,15 +405,18 @@ def _join(prompt: Messages, turns: Messages) -> Messages:
 
 
 def is_transcript(prompt: str | Messages) -> bool:
-    """Whether a prompt is one of Anthropic HH's: \\n\\nHuman: ... \\n\\nAssistant:"""
-    return isinstance(prompt, str) and prompt.startswith(HUMAN) and prompt.endswith(ASSISTANT)
+    """Whether a prompt is one of Anthropic HH's: \\n\\nHuman: ... \\n\\nAssistant:, stripped or not."""
+    if not isinstance(prompt, str):
+        return False
+    return prompt.strip().startswith(HUMAN.strip()) and prompt.rstrip().endswith(ASSISTANT)
 
 
 def as_messages(prompt: str | Messages) -> Messages:
     """A prompt as messages: a transcript's turns, or a text as the user's only message."""
     if not is_transcript(prompt):
         return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    parts = re.split(r"\n\n(Human|Assistant):", prompt.removesuffix(ASSISTANT))
+    text = f"\n\n{prompt.strip()}".removesuffix(ASSISTANT)
+    parts = re.split(r"\n\n(Human|Assistant):", text)
     roles = ["user" if name == "Human" else "assistant" for name in parts[1::2]]
     return [{"role": role, "content": text.strip()} for role, text in zip(roles, parts[2::2])]
 
@@ -438,7 +456,9 @@ def tokenize_preferences(
     too if there is one; "always" takes a text for a user's message; "never" makes plain text of everything.
     Raises ValueError if nothing is left, or if there are messages and no template.
     """
-    if max_length < 2 or (max_prompt_length is not None and not 1 <= max_prompt_length < max_length):
+    if max_length < 2:
+        raise ValueError(f"max_length {max_length} must be 2 or more")
+    if max_prompt_length is not None and not 1 <= max_prompt_length < max_length:
         raise ValueError(f"max_prompt_length {max_prompt_length} must be 1 to below max_length {max_length}")
     end, marks = _end_and_marks(tokenizer)
     eos = tokenizer.eos_token_id
@@ -458,6 +478,7 @@ def tokenize_preferences(
     notes = Counter()
     ids_of_rows = _token_ids([texts for _, _, texts in rendered], tokenizer)
     for (row, templated, texts), (prompt, *full) in zip(rendered, ids_of_rows):
+        notes["with the prompt taken off the responses, which began with it"] += "repeated" in row
         if templated:
             contents = [message["content"].strip() for message in as_messages(row["prompt"])]
             changed = any(content not in texts[0] for content in contents)

@@ -25,6 +25,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.client import HTTPException
 from os.path import commonprefix
 from pathlib import Path
@@ -171,17 +172,23 @@ def gumbel_noise(seeds: list[int], temperature: float, device: Any) -> Any:
 
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """AlpacaEval's rows by instruction, with prompts: their own, text or messages, else a user's message."""
-    given = data.read_json(path, [])
-    if not isinstance(given, list) or not all(
-        isinstance(row, dict) and "instruction" in row for row in given
-    ):
-        raise ValueError(f"{path}: must be a list of rows, each with an instruction")
+    """AlpacaEval's rows by instruction, with prompts: their own, text or messages, else a user's message.
+    Raises ValueError naming the row that is none."""
+    given = data.read_json(path)
+    if not isinstance(given, list):
+        raise ValueError(f"{path}: no such file, or no list of rows; evaluate.py generate writes outputs")
     rows = {}
-    for row in given:
-        prompt = row.get("prompt", [{"role": "user", "content": row["instruction"]}])
+    for number, row in enumerate(given, 1):
+        if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
+            raise ValueError(f"{path}: item {number} has no instruction, a text")
+        prompt = row.get("prompt") or [{"role": "user", "content": row["instruction"]}]
         if isinstance(prompt, str) and prompt.startswith('[{"role": '):
-            prompt = json.loads(prompt)  # write_outputs writes messages as text: alpaca_eval takes no lists
+            with suppress(ValueError):  # write_outputs writes messages as text: alpaca_eval takes no lists
+                prompt = json.loads(prompt)
+        try:
+            prompt = data.text_or_messages({"prompt": prompt}, "prompt")
+        except ValueError as error:
+            raise ValueError(f"{path}: item {number}: {error}") from None
         rows[row["instruction"]] = {**row, "prompt": prompt}
     if len(rows) < len(given):
         repeated = f"{len(given) - len(rows)} of {len(given)} rows repeat an instruction"
@@ -210,12 +217,16 @@ def write_outputs(args: argparse.Namespace) -> None:
         how = Sampling(args.max_new_tokens, args.temperature, 2 * args.seed + number, args.batch_size)
         model = load(run, label, device)
         room = lm.positions(model) - how.max_new_tokens
-        ids = data.tokenize_prompts(prompts, tokenizer, room, run.settings["chat"])
+        if room < 1:
+            raise ValueError(
+                f"--max_new_tokens {how.max_new_tokens}: the model has {lm.positions(model)} in all"
+            )
+        ids = data.tokenize_prompts(prompts, tokenizer, room, chat_of(run, tokenizer))
         outputs = []
         for (text, row), output in zip(rows.items(), generate(model, tokenizer, ids, how)):
             prompt = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"])
             row = {**row, "instruction": text, "prompt": prompt, "output": output.strip()}
-            outputs.append({**row, "generator": f"{label} of {run.folder.name}"})
+            outputs.append({**row, "generator": f"{label} of {run.folder.name}", "training": run.training})
         data.write_json(folder / name, outputs)
         full = sum(len(prompt) == room for prompt in ids)
         counts = f"{len(outputs)} outputs; {full} prompts were cut to {room} tokens, or are as long"
@@ -263,14 +274,23 @@ def judge_messages(template: str, instruction: str, first: str, second: str) -> 
 
 def read_verdict(choice: dict[str, Any]) -> float | None:
     """1 = first answer .. 2 = second, by log-probabilities of "m" and "M"; without any, the hard label."""
-    try:
-        tops = choice["logprobs"]["content"][0]["top_logprobs"]
-        p = {top["token"]: math.exp(top["logprob"]) for top in tops}
-    except (LookupError, TypeError):
-        return {"m": 1.0, "M": 2.0}.get(((choice.get("message") or {}).get("content") or "").strip())
+    p = token_probabilities(choice)
+    if p is None:
+        message = choice.get("message")
+        content = message.get("content") if isinstance(message, dict) else None
+        return {"m": 1.0, "M": 2.0}.get(str(content).strip())
     first = p.get("m", 0.0)
     second = p.get("M", 0.0)
     return 2 - first / (first + second) if first + second else None
+
+
+def token_probabilities(choice: dict[str, Any]) -> dict[str, float] | None:
+    """Of the likeliest first tokens; None if the endpoint gave no log-probabilities."""
+    try:
+        tops = choice["logprobs"]["content"][0]["top_logprobs"]
+        return {top["token"]: math.exp(top["logprob"]) for top in tops}
+    except (LookupError, TypeError):
+        return None
 
 
 def ask_endpoint(items: list[Comparison], args: Any, stored: Path) -> list[float | None]:
@@ -309,7 +329,7 @@ def ask_endpoint(items: list[Comparison], args: Any, stored: Path) -> list[float
             raise ValueError(f"{str(error) or 'stopped'}; {rest}") from None
     verdicts = [read_verdict(answers[key]) for key in keys]
     unread = [answers[key] for key, verdict in zip(keys, verdicts) if verdict is None]
-    hard = sum(not answers[key].get("logprobs") for key in keys)
+    hard = sum(token_probabilities(answers[key]) is None for key in keys)
     print(f"{args.judge_model}: {len(missing)} of {len(items)} asked now, {hard} without log-probabilities")
     if len(unread) > len(items) / 10:
         print(f"WARNING: {len(unread)} of {len(items)} are no verdict, such as {str(unread[0])[:300]}")
@@ -358,7 +378,7 @@ def model_preferences(items: list[Comparison], args: Any, device: Any) -> list[f
     rows = []
     for number, item in enumerate(items):
         rows.append(data.make_row(item.prompt, item.model_output, item.baseline_output, str(number)))
-    pairs = tokenized(rows, run)
+    pairs, _ = tokenized(rows, run)
     if args.judge_run:
         start, *_, policy = margins_of(run, pairs, device).values()
         gains = policy if run.settings["objective"] in REFERENCE_FREE else policy - start
@@ -380,17 +400,28 @@ def model_preferences(items: list[Comparison], args: Any, device: Any) -> list[f
 def judge(args: argparse.Namespace) -> None:
     """Write a judge's preferences as AlpacaEval's annotations.json, and the win rate as judgements.json."""
     run = open_run(args.run)
+    if args.true_reward and run.settings["data"] != [data.BUILTIN]:
+        raise ValueError("--true_reward is the reward of the built-in task, and this run has other data")
+    if args.judge_prompt and args.url is None:
+        raise ValueError("--judge_prompt is for the judge behind --url: leave it out")
     folder = Path(args.out or run.folder / "evaluation")
     baseline = read_rows(folder / "reference_outputs.json")
     model = read_rows(folder / "model_outputs.json")
     pairs = [(row, model[text]) for text, row in baseline.items() if text in model]
     if not pairs:
-        raise ValueError(f"{folder}: no reference_outputs.json and model_outputs.json: evaluate.py generate")
+        raise ValueError(f"{folder}: its two files of outputs share no instruction: evaluate.py generate")
+    if len(pairs) < max(len(baseline), len(model)):
+        print(f"{len(pairs)} instructions are in both files: {len(baseline)} and {len(model)} are there")
+    for row in [*baseline.values(), *model.values()]:
+        if not isinstance(row.get("output"), str):
+            raise ValueError(f"{folder}: no output, a text, to {row['instruction']!r:.60}")
+        if row.get("training", run.training) != run.training:
+            raise ValueError(f"{folder}: outputs of an earlier training of this run: evaluate.py generate")
     items = [Comparison(theirs["prompt"], theirs["output"], ours["output"]) for theirs, ours in pairs]
     preferences: list[float | None] = [1.5] * len(items)  # equal outputs are a draw
     unequal = [i for i, item in enumerate(items) if item.baseline_output != item.model_output]
     asked = [items[i] for i in unequal]
-    if args.url:
+    if args.url is not None:
         name = f"{args.judge_model}, {Path(args.judge_prompt or 'our own prompt').stem}"
         verdicts = ask_endpoint(asked, args, folder / "answers.jsonl")
     elif args.true_reward:
@@ -404,8 +435,8 @@ def judge(args: argparse.Namespace) -> None:
     annotations = []
     for (theirs, ours), preference in zip(pairs, preferences):
         row = {key: theirs[key] for key in ("dataset", "instruction") if key in theirs}
-        row.update(output_1=theirs["output"], generator_1=theirs["generator"])
-        row.update(output_2=ours["output"], generator_2=ours["generator"])
+        row.update(output_1=theirs["output"], generator_1=theirs.get("generator"))
+        row.update(output_2=ours["output"], generator_2=ours.get("generator"))
         annotations.append({**row, "annotator": name, "preference": preference})
     data.write_json(folder / "annotations.json", annotations)
     if asked and not any(verdicts):
@@ -493,12 +524,18 @@ def splits_of(run: Run, tokenizer: Any) -> data.Splits:
     return splits
 
 
-def tokenized(rows: list[dict[str, Any]], run: Run) -> list[data.Pair]:
-    """Rows as the run's training has them."""
+def chat_of(run: Run, tokenizer: Any) -> str:
+    """How the run renders prompts: without a template, messages too are plain text."""
+    return run.settings["chat"] if tokenizer.chat_template else "never"
+
+
+def tokenized(rows: list[dict[str, Any]], run: Run) -> tuple[list[data.Pair], dict[str, int]]:
+    """Rows as the run's training has them, and how many went which way."""
     s = run.settings
     *_, policy = run.models.values()
     tokenizer = lm.load_tokenizer(policy)
-    return data.tokenize_preferences(rows, tokenizer, s["max_length"], s["max_prompt_length"], s["chat"])[0]
+    lengths = s["max_length"], s["max_prompt_length"]
+    return data.tokenize_preferences(rows, tokenizer, *lengths, chat_of(run, tokenizer))
 
 
 def margins_of(run: Run, pairs: list[data.Pair], device: Any) -> dict[str, Tensor]:
@@ -508,8 +545,10 @@ def margins_of(run: Run, pairs: list[data.Pair], device: Any) -> dict[str, Tenso
         return {}
     mean = run.settings["objective"] in LENGTH_NORMALISED
     margins = {}
+    *_, policy = run.models.values()
     for label in run.models:
         model = load(run, label, device)
+        lm.check_pairs(model, pairs, lm.load_tokenizer(policy))
         scores = lm.score_pairs(model, pairs, mean=mean, label=f"{run.folder.name} {label}").double()
         margins[label] = scores[:, 0] - scores[:, 1]
     return margins
@@ -818,7 +857,8 @@ def margins(args: argparse.Namespace) -> None:
     rows = []
     for name in args.models:
         run = open_model(name)
-        pairs = tokenized(data.read_preferences(args.pairs), run)
+        pairs, counts = tokenized(data.read_preferences(args.pairs), run)
+        print(f"{name}: {data.describe(counts)}")
         found = margins_of(run, pairs, lm.choose_device())
         for row in margin_rows(found, run.settings["objective"]):
             rows.append(row._replace(model=name if row.model == name else f"{name} {row.model}"))

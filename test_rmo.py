@@ -974,18 +974,47 @@ def whole(turns):
         ({"prompt": [{**ASK[0], "tool_calls": None, "name": "Ann", "weight": 1}], **LONE}, ASK),
         ({"prompt": [user([{"type": "text", "text": "Te"}, {"type": "text", "text": "a?"}])], **LONE}, ASK),
         ({"prompt": [{"role": "Human", "content": "Tea?"}], "chosen": {"role": "model", "content": H}, "rejected": {"role": "Assistant", "content": N}}, ASK),
-        ({"prompt": "Tea?", **TEXTS, "tools": [], "images": None, "history": [], "score_chosen": 8.5, "id": "x"}, "Tea?"),
+        ({"prompt": "Tea?", **TEXTS, "tools": "[]", "images": None, "history": [], "score_chosen": 8.5, "id": "x"}, "Tea?"),
+        ({"system_prompt": "Be a pirate.", "prompt": "Tea?", **TEXTS}, PIRATE),  # OpenOrca
+        ({"prompt": LATER[2:], **whole([*LATER[1:]])}, LATER[1:]),  # it begins with a greeting
+        ({"prompt": HH.strip(), **TEXTS}, HH.strip()),
+        ({"system": "", "prompt": f"{HH.strip()} ", **TEXTS}, LATER),
     ],
 )  # fmt: skip
 def test_every_form_becomes_one_row(row, prompt, tmp_path):
     [read] = rows_of([row], tmp_path)
     space = " " if prompt == HH and row["chosen"] != H else ""  # HH's own, between prompt and response
+    assert read.pop("repeated", False) == ("Is it tea?" in row["chosen"])
     assert read == {
         "prompt": prompt,
         "chosen": space + H,
         "rejected": space + N,
         "source": f"{tmp_path}/rows.jsonl:1",
     }
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        # The prompt's turns are there, but not one behind the other; or more than the response answers
+        ({"prompt": [LATER[0], LATER[2]], **whole(LATER)}, "of no known form"),
+        ({"prompt": LATER, **whole(LATER[:1])}, "of no known form"),
+        ({"system": "Be a pirate.", "system_prompt": "Be kind.", "prompt": "Tea?", **TEXTS}, "of no known form"),
+        ({"prompt": [user(" ")], **LONE}, "empty prompt"),
+        ({"system": "Be a pirate.", "prompt": "", **TEXTS}, "empty prompt"),
+        ({"prompt": HH, "chosen": f" {H}\n\nHuman: Thanks", "rejected": N}, "a response that goes on"),
+    ],
+)  # fmt: skip
+def test_rows_that_say_something_else_than_a_pair_are_dropped(row, reason, tmp_path):
+    read, _ = rows_of([row, {"prompt": "Tea?", **TEXTS}], tmp_path)
+    assert read["drop"].startswith(reason)
+
+
+def test_a_prompt_taken_off_the_responses_is_counted(tokenizer, tmp_path):
+    row = {"prompt": "Good morning", "chosen": "Good morning to you", "rejected": "Good morning!"}
+    [pair], counts = pairs_of([row], tokenizer, tmp_path)
+    assert text_of(pair, tokenizer)[1] == " to you<|end|>"
+    assert counts["with the prompt taken off the responses, which began with it"] == 1
 
 
 def test_one_word_may_begin_two_responses(tmp_path):
@@ -2806,7 +2835,7 @@ def test_judges_see_what_training_sees(runs, tmp_path, monkeypatch, prompt, chat
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
     run = evaluate.open_run(runs["a-0"])
     run.settings["chat"] = chat
-    (trained,) = evaluate.tokenized(data.read_preferences(str(tmp_path / "pairs.jsonl")), run)
+    (trained,), _ = evaluate.tokenized(data.read_preferences(str(tmp_path / "pairs.jsonl")), run)
     seen = []
     monkeypatch.setattr(evaluate, "open_run", lambda name: run)
     scores = {label: torch.zeros(1) for label in run.models}
@@ -2826,7 +2855,7 @@ def test_local_judges(runs, tmp_path, chatty):
     args = evaluate.parse(["judge", "x", "--run", str(runs["a-0"])])
     found = evaluate.model_preferences([Comparison(TALK, *PAIR), Comparison(TALK, "", "a")], args, CPU)
     run = evaluate.open_run(runs["a-0"])
-    pairs = evaluate.tokenized([data.make_row(TALK, *PAIR[::-1], "x")], run)
+    pairs, _ = evaluate.tokenized([data.make_row(TALK, *PAIR[::-1], "x")], run)
     margins = [lm.score_pairs(lm.load_model(name), pairs)[0] for name in ("built-in", runs["a-0"] / "policy")]
     gain = (margins[1] - margins[0])[0] - (margins[1] - margins[0])[1]
     assert found == [2.0 if gain > 0 else 1.0, None]  # an empty output is no response: no verdict
@@ -2854,7 +2883,7 @@ def test_generate_and_judge_a_run(runs, capsys):
         a, b = (data.true_reward(row["instruction"], row[f"output_{k}"]) for k in (1, 2))
         assert row["preference"] == (2 if b > a else 1 if b < a else 1.5)
     outputs = data.read_json(run / "evaluation" / "model_outputs.json")
-    assert set(outputs[0]) == {"prompt", "instruction", "output", "generator"}
+    assert set(outputs[0]) == {"prompt", "instruction", "output", "generator", "training"}
     assert json.loads(outputs[0]["prompt"]) == [{"role": "user", "content": outputs[0]["instruction"]}]
     assert judged(run / "evaluation")["model"] == "RMO" and judged(run / "evaluation")["baseline"] == "base"
     mine = [len(row["output"]) for row in outputs]
@@ -2880,11 +2909,48 @@ def test_policy_and_baseline_have_noise_of_their_own(tmp_path):
     assert all(a["output"] != b["output"] for a, b in zip(*outputs))
 
 
-@pytest.mark.parametrize("rows", [[{"prompt": "hello"}], ["hi"], {"instruction": "a"}])
-def test_instructions_of_another_form_are_refused(rows, tmp_path):
+@pytest.mark.parametrize(
+    "rows, complaint",
+    [
+        ([{"instruction": "a"}, {"prompt": "hello"}], "item 2 has no instruction"),
+        (["hi"], "item 1 has no instruction"),
+        ([{"instruction": None}], "item 1 has no instruction"),
+        ({"instruction": "a"}, "no list of rows"),
+        ([{"instruction": "a", "prompt": [{"role": "user"}]}], "item 1: a message must be"),
+        ([{"instruction": "a", "prompt": 5}], "item 1: prompt is 5"),
+    ],
+)
+def test_instructions_of_another_form_are_refused(rows, complaint, tmp_path):
     data.write_json(tmp_path / "set.json", rows)
-    with pytest.raises(ValueError, match="each with an instruction"):
+    with pytest.raises(ValueError, match=complaint):
         evaluate.read_rows(tmp_path / "set.json")
+
+
+def test_without_a_template_instructions_are_plain_text(runs, tmp_path, monkeypatch):
+    """As in training, where messages need a template, but transcripts do not."""
+    load = lm.load_tokenizer
+
+    def without_template(name):
+        tokenizer = load(name)
+        tokenizer.chat_template = None
+        return tokenizer
+
+    monkeypatch.setattr(lm, "load_tokenizer", without_template)
+    seen = []
+    monkeypatch.setattr(evaluate, "generate", lambda model, tokenizer, ids, how: seen.extend(ids) or ["x"])
+    data.write_json(tmp_path / "set.json", [{"instruction": "Tea?"}])
+    assert call("generate", runs["c"], "--instructions", tmp_path / "set.json", "--out", tmp_path) is None
+    assert load(runs["c"] / "policy").decode(seen[0]) == "\n\nHuman: Tea?\n\nAssistant:"
+
+
+def test_outputs_of_an_earlier_training_are_not_judged(tmp_path):
+    run = make_run(tmp_path / "run", 0, **PLAIN)
+    rows = [{"instruction": "Tea?", "output": "a", "training": evaluate.open_run(run).training}]
+    for name in ("reference", "model"):
+        data.write_json(run / "evaluation" / f"{name}_outputs.json", rows)
+    assert call("judge", run, "--true_reward") is None
+    data.write_json(run / "evaluation" / "model_outputs.json", [{**rows[0], "training": "0"}])
+    assert "outputs of an earlier training" in call("judge", run, "--true_reward")
 
 
 def test_alpaca_evals_rows_keep_their_keys(runs, tmp_path, capsys):
@@ -3087,7 +3153,8 @@ def test_margins_of_any_models(runs, tmp_path, capsys):
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert call("margins", runs["plain"], runs["a-0"] / "policy", "--pairs", tmp_path / "pairs.jsonl") is None
     printed = capsys.readouterr().out
-    names = [line.split(" | ")[0].strip("| ") for line in printed.splitlines()[2:]]
+    assert printed.count(": 3 read; 3 kept\n") == 2
+    names = [line.split(" | ")[0].strip("| ") for line in printed.splitlines() if line.startswith("| /")]
     assert names == [f"{runs['plain']} base", f"{runs['plain']} plain DPO", str(runs["a-0"] / "policy")]
 
 
@@ -3162,7 +3229,7 @@ def test_figure_4_has_a_run_without_eq14_beside_any_alpha(tmp_path, monkeypatch)
         (["generate", "nowhere"], "no finished run"),
         (["judge", "{run}", "--run", "nowhere/at/all", "--out", "{outputs}"], "no finished run"),
         (["judge", "{run}", "--true_reward"], "evaluate.py generate"),
-        (["generate", "{run}", "--instructions", "nowhere.json"], "no prompts"),
+        (["generate", "{run}", "--instructions", "nowhere.json"], "nowhere.json: no such file"),
         (["generate", "{run}", "--temperature", "-1", "--out", "{outputs}"], "temperature"),
         (["margins", "{run}", "--pairs", "nowhere.jsonl"], "no such file"),
     ],

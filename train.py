@@ -393,6 +393,8 @@ class Settings:
             raise ValueError("--label_smoothing is for --objective dpo")
         if self.simpo_gamma is not None and self.objective != "simpo":
             raise ValueError("--simpo_gamma is for --objective simpo")
+        if self.chat_template and self.model == BUILTIN:
+            raise ValueError("--chat_template: the built-in model has one of its own: leave it out")
         if self.batching == "random" and self.batch_margins == "policy":
             raise ValueError("--batching random uses no margins: leave out --batch_margins")
         if self.sft_model and self.sft_epochs:
@@ -700,7 +702,7 @@ def words_of(path: Path) -> list[str]:
     words = []
     for name, value in flags.items():
         if isinstance(value, list):
-            words += [f"--{name}", *value]
+            words += [f"--{name}", *map(str, value)]
         elif value is not None:
             words.append(f"--{name}={value}")
     return words
