@@ -27,6 +27,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.client import HTTPException
+from itertools import combinations
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -210,8 +211,7 @@ def write_outputs(args: argparse.Namespace) -> None:
     if not rows:
         raise ValueError(f"{args.instructions or run.folder}: no prompts; give --instructions FILE")
     prompts = [row["prompt"] for row in rows.values()]
-    start, *_, policy = run.models
-    files = ("reference_outputs.json", start), ("model_outputs.json", policy)
+    files = ("reference_outputs.json", run.start), ("model_outputs.json", run.policy)
     for number, (name, label) in enumerate(files):
         # Each model has noise of its own: with the same, near models would give equal outputs, all draws.
         how = Sampling(args.max_new_tokens, args.temperature, 2 * args.seed + number, args.batch_size)
@@ -380,8 +380,10 @@ def model_preferences(items: list[Comparison], args: Any, device: Any) -> list[f
         rows.append(data.make_row(item.prompt, item.model_output, item.baseline_output, str(number)))
     pairs, _ = tokenized(rows, run)
     if args.judge_run:
-        start, *_, policy = margins_of(run, pairs, device).values()
-        gains = policy if run.settings["objective"] in REFERENCE_FREE else policy - start
+        margins = margins_of(run, pairs, device)
+        gains = margins[run.policy]
+        if run.settings["objective"] not in REFERENCE_FREE:
+            gains = gains - margins[run.start]
     else:
         options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
         model = transformers.AutoModelForSequenceClassification.from_pretrained(args.reward_model, **options)
@@ -441,9 +443,8 @@ def judge(args: argparse.Namespace) -> None:
     data.write_json(folder / "annotations.json", annotations)
     if asked and not any(verdicts):
         preferences = [None] * len(items)  # draws of equal outputs alone tell nothing
-    start, *_, policy = run.models
     judgements = data.read_json(folder / "judgements.json", {})
-    wins = wins_of(policy, start, name, items, preferences)
+    wins = wins_of(run.policy, run.start, name, items, preferences)
     judgements[name] = {"training": run.training, "wins": wins._asdict()}
     data.write_json(folder / "judgements.json", judgements)
     print(table(WINS, [wins]))
@@ -465,6 +466,15 @@ class Run(NamedTuple):
     models: dict[str, str]
     training: str = ""
     fingerprint: str | None = None
+
+    @property
+    def start(self) -> str:
+        """The label of the model that training started from."""
+        return next(iter(self.models))
+
+    @property
+    def policy(self) -> str:
+        return next(reversed(self.models))
 
 
 def open_run(name: str | Path) -> Run:
@@ -532,8 +542,7 @@ def chat_of(run: Run, tokenizer: Any) -> str:
 def tokenized(rows: list[dict[str, Any]], run: Run) -> tuple[list[data.Pair], dict[str, int]]:
     """Rows as the run's training has them, and how many went which way."""
     s = run.settings
-    *_, policy = run.models.values()
-    tokenizer = lm.load_tokenizer(policy)
+    tokenizer = lm.load_tokenizer(run.models[run.policy])
     lengths = s["max_length"], s["max_prompt_length"]
     return data.tokenize_preferences(rows, tokenizer, *lengths, chat_of(run, tokenizer))
 
@@ -545,10 +554,10 @@ def margins_of(run: Run, pairs: list[data.Pair], device: Any) -> dict[str, Tenso
         return {}
     mean = run.settings["objective"] in LENGTH_NORMALISED
     margins = {}
-    *_, policy = run.models.values()
+    tokenizer = lm.load_tokenizer(run.models[run.policy])
     for label in run.models:
         model = load(run, label, device)
-        lm.check_pairs(model, pairs, lm.load_tokenizer(policy))
+        lm.check_pairs(model, pairs, tokenizer)
         scores = lm.score_pairs(model, pairs, mean=mean, label=f"{run.folder.name} {label}").double()
         margins[label] = scores[:, 0] - scores[:, 1]
     return margins
@@ -652,9 +661,8 @@ def true_wins(run: Run, pairs: list[data.Pair], device: Any) -> list[Wins]:
         how = Sampling(64, 1.0, 10 * run.settings["seed"] + number, 512)
         texts = generate(load(run, label, device), tokenizer, [*prompts.values()] * SAMPLES, how)
         responses[label] = [texts[k :: len(prompts)] for k in range(len(prompts))]
-    start, *others = run.models
     wins = []
-    for model, baseline in [(other, start) for other in others] + [*zip(others[1:], others)]:
+    for baseline, model in combinations(run.models, 2):
         items = []
         for prompt, theirs, mine in zip(prompts, responses[baseline], responses[model]):
             items += [Comparison(prompt, a, b) for a in theirs for b in mine]
@@ -827,12 +835,11 @@ def read_groups(folders: list[str], device: Any) -> list[Group]:
         held_out = []
         for run in together:
             report = make_report(run, device)
-            start, *_, policy = run.models
             for row in report["wins"]:
-                if (row.model, row.baseline) == (policy, start):
+                if (row.model, row.baseline) == (run.policy, run.start):
                     wins.setdefault(row.judge, []).append(row)
             margins += report["margins"][-1:]
-            held_out += report["held_out"].get(policy, [])
+            held_out += report["held_out"].get(run.policy, [])
         count = len(together)
         averages = [over_seeds(rows, name, count) for rows in wins.values()]
         margins = [over_seeds(margins, name, count)] if margins else []
@@ -1062,7 +1069,11 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--judge_model", default="gpt-4o", help="the model behind --url (default: gpt-4o)")
     add("--judge_prompt", metavar="FILE", help="its prompt, as AlpacaEval writes them (default: our own)")
     add("--concurrency", type=int, default=5, help="requests at a time (default: 5)")
-    add("--out", metavar="FOLDER", help="where outputs are and judgements go (default: RUN/evaluation)")
+    add(
+        "--out",
+        metavar="FOLDER",
+        help="of outputs and judgements (default: RUN/evaluation, where report looks)",
+    )
 
     one = command(margins, "margins", "Margins of models on pairs.", "runs/rmo gpt2 --pairs test.jsonl")
     one.add_argument("models", nargs="+", metavar="MODEL", help="runs, model folders or hub ids")
