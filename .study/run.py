@@ -243,7 +243,7 @@ def last_line(log: Path) -> str:
 def judge_outputs(args: argparse.Namespace, out: Path, seed: int) -> bool:
     """Outputs to the seed's test prompts, judged by hh.py's judge; whether that went well."""
     log = Path(f"{out}.log")
-    sampling = ["--max_new_tokens", "128", "--seed", str(seed)]
+    sampling = ["--max_new_tokens", "128", "--seed", str(seed), "--batch_size", "100"]
     if start(["../evaluate.py", "generate", str(out), *sampling], log) != 0:
         return False
     return start(["../evaluate.py", "judge", str(out), "--run", f"{args.hh}/judge"], log) == 0
