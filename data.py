@@ -281,7 +281,7 @@ def _recognise(value: Any, place: str) -> Row:
     if value.get("chosen") is None or value.get("rejected") is None:
         raise Unusable("no preference pair")
     prompt = _prompt(value)
-    sides = [text_or_messages(value, key) for key in ("chosen", "rejected")]
+    sides = [text_or_messages(value[key], key) for key in ("chosen", "rejected")]
     repeated = False
     if any(isinstance(given, list) for given in (prompt, *sides)):
         (prompt, chosen), (other_prompt, rejected) = [_split_messages(prompt, side) for side in sides]
@@ -329,18 +329,18 @@ def _prompt(value: dict[str, Any]) -> str | Messages | None:
     if len(given) > 1:
         raise Unusable(f"{' and '.join(given)} are filled: which one is the prompt?")
     if given:
-        return text_or_messages(given, next(iter(given)))
+        [(name, content)] = given.items()
+        return text_or_messages(content, name)
     return "" if any(value.get(key) == "" for key in PROMPTS) else None
 
 
-def text_or_messages(columns: dict[str, Any], key: str) -> str | Messages:
-    """A column in one of the two forms. Raises ValueError if it has another."""
-    value = columns[key]
+def text_or_messages(value: Any, name: str) -> str | Messages:
+    """What a column of this name holds, in one of the two forms. Raises ValueError if it has another."""
     if isinstance(value, str):
         return value
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages:
-        raise Unusable(f"{key} is {value!r:.40}, neither text nor messages")
+        raise Unusable(f"{name} is {value!r:.40}, neither text nor messages")
     return [_message(message) for message in messages]
 
 
@@ -392,10 +392,11 @@ def _split_messages(prompt: str | Messages | None, side: str | Messages) -> tupl
 
 def _join(prompt: Messages, turns: Messages) -> Messages:
     """The turns before a response: the turns hold the prompt, or are its end, or follow it."""
-    known, said = [[(turn["role"], turn["content"].strip()) for turn in part] for part in (prompt, turns)]
-    if any(said[i : i + len(known)] == known for i in range(len(said) - len(known) + 1)):
+    known = [(turn["role"], turn["content"].strip()) for turn in prompt]
+    said = [(turn["role"], turn["content"].strip()) for turn in turns]
+    if any(said[i : i + len(known)] == known for i in range(len(said))):
         return turns
-    if len(said) <= len(known) and known[len(known) - len(said) :] == said:
+    if known[-len(said) :] == said:
         return prompt
     if all(message["role"] == "system" for message in turns):
         return turns + prompt

@@ -187,7 +187,7 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
             with suppress(ValueError):  # write_outputs writes messages as text: alpaca_eval takes no lists
                 prompt = json.loads(prompt)
         try:
-            prompt = data.text_or_messages({"prompt": prompt}, "prompt")
+            prompt = data.text_or_messages(prompt, "prompt")
         except ValueError as error:
             raise ValueError(f"{path}: item {number}: {error}") from None
         rows[row["instruction"]] = {**row, "prompt": prompt}
@@ -1069,11 +1069,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--judge_model", default="gpt-4o", help="the model behind --url (default: gpt-4o)")
     add("--judge_prompt", metavar="FILE", help="its prompt, as AlpacaEval writes them (default: our own)")
     add("--concurrency", type=int, default=5, help="requests at a time (default: 5)")
-    add(
-        "--out",
-        metavar="FOLDER",
-        help="of outputs and judgements (default: RUN/evaluation, where report looks)",
-    )
+    add("--out", metavar="FOLDER", help="outputs and judgements (default: RUN/evaluation, read by report)")
 
     one = command(margins, "margins", "Margins of models on pairs.", "runs/rmo gpt2 --pairs test.jsonl")
     one.add_argument("models", nargs="+", metavar="MODEL", help="runs, model folders or hub ids")

@@ -976,7 +976,7 @@ def whole(turns):
         ({"prompt": [{"role": "Human", "content": "Tea?"}], "chosen": {"role": "model", "content": H}, "rejected": {"role": "Assistant", "content": N}}, ASK),
         ({"prompt": "Tea?", **TEXTS, "tools": "[]", "images": None, "history": [], "score_chosen": 8.5, "id": "x"}, "Tea?"),
         ({"system_prompt": "Be a pirate.", "prompt": "Tea?", **TEXTS}, PIRATE),  # OpenOrca
-        ({"prompt": LATER[2:], **whole([*LATER[1:]])}, LATER[1:]),  # it begins with a greeting
+        ({"prompt": LATER[2:], **whole(LATER[1:])}, LATER[1:]),  # it begins with a greeting
         ({"prompt": HH.strip(), **TEXTS}, HH.strip()),
         ({"system": "", "prompt": f"{HH.strip()} ", **TEXTS}, LATER),
     ],

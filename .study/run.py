@@ -63,7 +63,8 @@ OWN_CROSSFIT = "--scores {own}/crossfit-{seed}/crossfit.safetensors"
 DPO_CROSSFIT = "--scores {dpo}/crossfit-{seed}/crossfit.safetensors"
 RMO_SCORES = "shared --scores {own}/rmo-{seed}/margins.safetensors"
 DPO_SCORES = "--scores {dpo}/step1-{seed}/margins.safetensors"
-STARTED_FROM = ("plain", "step1")  # arms whose run folders others need
+# Runs whose folders other arms of their seed need
+STARTED_FROM = [*((family, "plain") for family in FAMILIES), ("dpo", "step1"), ("hh", "rmo")]
 
 ARMS = [
     # Tables 1, 2 and 4
@@ -195,7 +196,7 @@ def run_arm(
     with lock:
         rows = data.read_json(args.results, [])
     known = next((row for row in rows if matches(row, key) and "failed" not in row), None)
-    if known and (arm.name not in STARTED_FROM or known["wins"] == win_rates(out)):
+    if known and ((family, arm.name) not in STARTED_FROM or known["wins"] == win_rates(out)):
         return True
     program = f"variants.py {arm.kind}" if arm.kind else "../train.py"
     words = f"{program} --output_dir {out} {arm.flags}".format(**places).split()

@@ -73,6 +73,8 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     if (args.kind == "lowest") != (args.share is not None):
         parser.error("lowest needs --share, and no other kind has one")
+    if args.kind == "shared" and args.scores is None:
+        parser.error("shared needs --scores")
     if args.kind == "shared":
         share_scores(Path(args.scores))
     elif args.kind == "printed":
