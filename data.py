@@ -289,6 +289,7 @@ def _recognise(value: Any, place: str) -> Row:
         given = prompt
         (prompt, chosen), (other_prompt, rejected) = _split_texts(prompt, sides)
         repeated = bool(given) and not is_transcript(prompt) and [chosen, rejected] != sides
+    goes_on = is_transcript(prompt) and (HUMAN in chosen or HUMAN in rejected)
     systems = [key for key in SYSTEMS if key in value]
     if systems:  # also an empty one makes messages of a text: one file is rendered in one way
         if is_transcript(prompt):  # the space before a response belongs to plain text
@@ -304,7 +305,7 @@ def _recognise(value: Any, place: str) -> Row:
         row["repeated"] = True  # tokenize_preferences counts them
     if prompt != other_prompt:
         row["drop"] = "prompts differ"
-    elif is_transcript(prompt) and any(HUMAN in response for response in (chosen, rejected)):
+    elif goes_on:
         row["drop"] = "a response that goes on with the human's turn"
     try:
         json.dumps(row, ensure_ascii=False).encode()
@@ -487,6 +488,8 @@ def tokenize_preferences(
         else:
             unused = bool(tokenizer.chat_template) and chat == "auto"
             notes["as plain text, without the chat template (with it: --chat always)"] += unused
+            is_messages = isinstance(row["prompt"], list)
+            notes["with messages as Human/Assistant text, without a chat template"] += is_messages
             notes["with special tokens in plain text"] += not special.keys().isdisjoint(full[0] + full[1])
             if full[0][:1] != bos:
                 prompt = bos + prompt
@@ -525,9 +528,10 @@ def tokenize_preferences(
 
 def tokenize_prompts(
     prompts: list[str | Messages], tokenizer: Any, max_prompt_length: int | None, chat: str = "auto"
-) -> list[list[int]]:
-    """The token ids that generation starts from: those that training sees before a response. A longer prompt
-    than max_prompt_length loses its beginning. Raises ValueError naming the first that cannot be rendered."""
+) -> tuple[list[list[int]], dict[str, int]]:
+    """The token ids that generation starts from, those that training sees before a response; and the counts
+    of tokenize_preferences. A longer prompt than max_prompt_length loses its beginning. Raises ValueError
+    naming the first that cannot be rendered."""
     rows = []
     for prompt in prompts:
         text = prompt_text(prompt)
@@ -537,7 +541,7 @@ def tokenize_prompts(
     pairs, counts = tokenize_preferences(rows, tokenizer, 10**9, max_prompt_length, chat)
     if len(pairs) < len(prompts):
         raise ValueError(f"{len(prompts) - len(pairs)} prompts cannot be rendered: {describe(counts)}")
-    return [pair.prompt for pair in pairs]
+    return [pair.prompt for pair in pairs], counts
 
 
 def end_token(tokenizer: Any) -> int:

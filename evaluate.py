@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.client import HTTPException
 from itertools import combinations
+from operator import attrgetter
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -221,16 +222,14 @@ def write_outputs(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--max_new_tokens {how.max_new_tokens}: the model has {lm.positions(model)} in all"
             )
-        ids = data.tokenize_prompts(prompts, tokenizer, room, chat_of(run, tokenizer))
+        ids, counts = data.tokenize_prompts(prompts, tokenizer, room, chat_of(run, tokenizer))
         outputs = []
         for (text, row), output in zip(rows.items(), generate(model, tokenizer, ids, how)):
             prompt = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"])
             row = {**row, "instruction": text, "prompt": prompt, "output": output.strip()}
             outputs.append({**row, "generator": f"{label} of {run.folder.name}", "training": run.training})
         data.write_json(folder / name, outputs)
-        full = sum(len(prompt) == room for prompt in ids)
-        counts = f"{len(outputs)} outputs; {full} prompts were cut to {room} tokens, or are as long"
-        print(f"{folder / name}: {counts}")
+        print(f"{folder / name}: prompts: {data.describe(counts)}")
 
 
 # ------------------------------------------------------------------------------------------------------ judge
@@ -378,7 +377,8 @@ def model_preferences(items: list[Comparison], args: Any, device: Any) -> list[f
     rows = []
     for number, item in enumerate(items):
         rows.append(data.make_row(item.prompt, item.model_output, item.baseline_output, str(number)))
-    pairs, _ = tokenized(rows, run)
+    pairs, counts = tokenized(rows, run)
+    print(f"{args.judge_run or args.reward_model}: {data.describe(counts)}")
     if args.judge_run:
         margins = margins_of(run, pairs, device)
         gains = margins[run.policy]
@@ -399,7 +399,7 @@ def model_preferences(items: list[Comparison], args: Any, device: Any) -> list[f
     return [preferences.get(i) for i in range(len(items))]
 
 
-def judge(args: argparse.Namespace) -> None:
+def judge_outputs(args: argparse.Namespace) -> None:
     """Write a judge's preferences as AlpacaEval's annotations.json, and the win rate as judgements.json."""
     run = open_run(args.run)
     if args.true_reward and run.settings["data"] != [data.BUILTIN]:
@@ -554,10 +554,9 @@ def margins_of(run: Run, pairs: list[data.Pair], device: Any) -> dict[str, Tenso
         return {}
     mean = run.settings["objective"] in LENGTH_NORMALISED
     margins = {}
-    tokenizer = lm.load_tokenizer(run.models[run.policy])
     for label in run.models:
         model = load(run, label, device)
-        lm.check_pairs(model, pairs, tokenizer)
+        lm.check_pairs(model, pairs)
         scores = lm.score_pairs(model, pairs, mean=mean, label=f"{run.folder.name} {label}").double()
         margins[label] = scores[:, 0] - scores[:, 1]
     return margins
@@ -727,7 +726,7 @@ def make_report(run: Run, device: Any) -> dict[str, Any]:
     return {**report, "margins": margin_rows(held_out, run.settings["objective"])}
 
 
-def text(value: Any) -> str:
+def cell(value: Any) -> str:
     """A table's cell: an estimate with its error; a dash for what is not known."""
     if not isinstance(value, Estimate):
         return str(value)
@@ -738,7 +737,7 @@ def text(value: Any) -> str:
 
 def table(header: list[str], rows: list[Any]) -> str:
     """A Markdown table of results."""
-    lines = [header, *([text(value) for value in row] for row in rows)]
+    lines = [header, *([cell(value) for value in row] for row in rows)]
     widths = [max(len(line[k]) for line in lines) for k in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
@@ -756,7 +755,7 @@ def report_run(folder: Path, device: Any) -> None:
             if apart:
                 apart = apart / row.rate.error if row.rate.error else math.copysign(math.inf, apart)
             winner = row.model if apart > 2 else row.baseline if apart < -2 else "no clear winner"
-            rates = f"{text(row.rate)} %, at equal lengths {text(row.controlled)} %"
+            rates = f"{cell(row.rate)} %, at equal lengths {cell(row.controlled)} %"
             print(f"{row.model} against {row.baseline}: {winner} ({rates}; {apart:+.1f} errors from a draw)")
     show(report["wins"], report["margins"], report["filter"], [run])
     step = f"generate {folder}" if report["margins"] else f"generate {folder} --instructions FILE"
@@ -849,7 +848,7 @@ def read_groups(folders: list[str], device: Any) -> list[Group]:
     return groups
 
 
-def report(args: argparse.Namespace) -> None:
+def report_runs(args: argparse.Namespace) -> None:
     if len(args.runs) == 1:
         return report_run(args.runs[0], lm.choose_device())
     groups = read_groups(args.runs, lm.choose_device())
@@ -860,7 +859,7 @@ def report(args: argparse.Namespace) -> None:
     show(wins, margins, sentences, runs)
 
 
-def margins(args: argparse.Namespace) -> None:
+def compare_margins(args: argparse.Namespace) -> None:
     rows = []
     for name in args.models:
         run = open_model(name)
@@ -875,7 +874,7 @@ def margins(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------- figures
 
 
-def rates(axis: Any, groups: list[Group], free: set[str], x_label: str) -> None:
+def draw_rates(axis: Any, groups: list[Group], free: set[str], x_label: str) -> None:
     """Win rates over a setting by the judge that most groups have. Only runs alike in all else are joined."""
     judges = Counter(row.judge for group in groups for row in group.wins)
     judge = max(judges, key=judges.__getitem__, default="")
@@ -884,7 +883,7 @@ def rates(axis: Any, groups: list[Group], free: set[str], x_label: str) -> None:
     if not arms:
         raise ValueError(f"it needs win rates of runs that differ in {' or '.join(sorted(free))} alone")
     for arm in arms:
-        arm.sort(key=place_of)
+        arm.sort(key=attrgetter("place"))
         xs = [group.place for group in arm]
         rows = [group.wins[0] for group in arm]
         others = f", {arm[0].name} ..." if len(arms) > 1 else ""
@@ -896,11 +895,7 @@ def rates(axis: Any, groups: list[Group], free: set[str], x_label: str) -> None:
     axis.set(xlabel=x_label, ylabel=f"wins against {rows[0].baseline} (% of comparisons), judge: {judge}")
 
 
-def place_of(group: Group) -> float:
-    return group.place
-
-
-def density(axis: Any, values: Any, label: str) -> None:
+def draw_density(axis: Any, values: Any, label: str) -> None:
     """A Gaussian kernel density relative to its peak, so that unlike widths fit one scale."""
     from matplotlib.mlab import GaussianKDE
 
@@ -937,7 +932,7 @@ def figure2(figure: Any, groups: list[Group]) -> None:
     axis = figure.subplots()
     kinds = ["low", "random", "high"]
     placed = [group._replace(place=kinds.index(group.settings["batching"])) for group in groups]
-    rates(axis, placed, {"batching"}, "how batches are made")
+    draw_rates(axis, placed, {"batching"}, "how batches are made")
     axis.set_xticks([0, 1, 2], ["Low-Var", "Rnd-Var", "High-Var"])
 
 
@@ -947,7 +942,7 @@ def figure3(figure: Any, groups: list[Group]) -> None:
     run = groups[0].runs[0]
     parts = partitions(run)
     for part in parts:
-        density(axis, part.means, part.name)
+        draw_density(axis, part.means, part.name)
     axis.set(xlabel=f"mean margin of a batch of {run.folder.name}, by its {parts[0].by} (nats)")
 
 
@@ -963,17 +958,17 @@ def figure4(figure: Any, groups: list[Group]) -> None:
         if weight == 0 and amplified:  # it has no alpha or median, so it is alike to runs of any
             settings.update({name: amplified[0][name] for name in ("alpha", "median")})
         placed.append(group._replace(place=weight, settings=settings))
-    rates(right, placed, {"lambda_reg"}, "λ")
+    draw_rates(right, placed, {"lambda_reg"}, "λ")
     arms = alike([group for group in placed if group.margins], SEEDS | {"lambda_reg"})
     if not arms:
         raise ValueError(NO_HELD_OUT)
-    arm = sorted(max(arms, key=len), key=place_of)
+    arm = sorted(max(arms, key=len), key=attrgetter("place"))
     xs = [group.place for group in arm]
     values, errors = zip(*[group.margins[0].accuracy for group in arm])
     middle.errorbar(xs, values, errors, marker="o", capsize=3, label="accuracy")
     middle.set(xlabel="λ", ylabel="accuracy (% of held-out pairs)")
     for group in arm:
-        density(left, group.held_out, f"λ = {group.place:.3g}")
+        draw_density(left, group.held_out, f"λ = {group.place:.3g}")
     left.set(xlabel="margin of held-out pairs (nats)")
 
 
@@ -984,7 +979,7 @@ def figure5(figure: Any, groups: list[Group]) -> None:
         filters = [data.read_json(run.folder / "filter.json", {"ratio": 0.0}) for run in group.runs]
         placed.append(group._replace(place=mean_of([100 * found["ratio"] for found in filters]).value))
     free = {"filter_ratio", "tau", "gamma"}
-    rates(figure.subplots(), placed, free, "pairs that the filter removed (% of training pairs)")
+    draw_rates(figure.subplots(), placed, free, "pairs that the filter removed (% of training pairs)")
 
 
 def margins_by_model(figure: Any, groups: list[Group]) -> None:
@@ -995,7 +990,7 @@ def margins_by_model(figure: Any, groups: list[Group]) -> None:
         raise ValueError(NO_HELD_OUT)
     axis = figure.subplots()
     for label, margins in held_out.items():
-        density(axis, margins, label)
+        draw_density(axis, margins, label)
     axis.set(xlabel=f"margin of held-out pairs by the models of {run.folder.name} (nats)")
 
 
@@ -1003,7 +998,7 @@ FIGURES = {"figure1": figure1, "figure2": figure2, "figure3": figure3, "figure4"
 FIGURES.update({"figure5": figure5, "margins": margins_by_model})
 
 
-def figures(args: argparse.Namespace) -> None:
+def draw_figures(args: argparse.Namespace) -> None:
     try:
         from matplotlib import cycler, rc_context
         from matplotlib.figure import Figure
@@ -1042,7 +1037,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         one.set_defaults(command=run)
         return one
 
-    one = command(report, "report", "Who won, held-out margins, what the filter removed.", "runs/*")
+    one = command(report_runs, "report", "Who won, held-out margins, what the filter removed.", "runs/*")
     one.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
 
     one = command(write_outputs, "generate", "Outputs of a run and of its starting model.", "runs/rmo")
@@ -1056,7 +1051,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--out", metavar="FOLDER", help="where to write (default: RUN/evaluation)")
 
     example = "runs/rmo --url https://api.openai.com/v1 --judge_model gpt-4o"
-    one = command(judge, "judge", "How often a judge prefers the run's outputs.", example)
+    one = command(judge_outputs, "judge", "How often a judge prefers the run's outputs.", example)
     add = one.add_argument
     add("run", metavar="RUN", help="a folder that train.py wrote")
     by = one.add_mutually_exclusive_group(required=True)
@@ -1071,11 +1066,15 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--concurrency", type=int, default=5, help="requests at a time (default: 5)")
     add("--out", metavar="FOLDER", help="outputs and judgements (default: RUN/evaluation, read by report)")
 
-    one = command(margins, "margins", "Margins of models on pairs.", "runs/rmo gpt2 --pairs test.jsonl")
+    one = command(
+        compare_margins, "margins", "Margins of models on pairs.", "runs/rmo gpt2 --pairs test.jsonl"
+    )
     one.add_argument("models", nargs="+", metavar="MODEL", help="runs, model folders or hub ids")
     one.add_argument("--pairs", required=True, metavar="FILE", help="preferences, in any form of train.py's")
 
-    one = command(figures, "figures", "The paper's figures, as far as runs allow.", "runs/* --out figures")
+    one = command(
+        draw_figures, "figures", "The paper's figures, as far as runs allow.", "runs/* --out figures"
+    )
     one.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
     one.add_argument("--out", required=True, metavar="FOLDER", help="where to write")
     return parser.parse_args(words)

@@ -171,15 +171,16 @@ def positions(model: nn.Module) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**6
 
 
-def check_pairs(model: nn.Module, pairs: list[Pair], tokenizer: Any) -> None:
+def check_pairs(model: nn.Module, pairs: list[Pair]) -> None:
     """Raises ValueError if a pair is longer than the model has positions, or has tokens it does not know."""
     longest = max(pairs, key=lambda pair: pair.length)
     if longest.length > positions(model):
         most = f"the model has {positions(model)} positions: --max_length {positions(model)}"
         raise ValueError(f"{longest.source}: {longest.length} tokens, {most}")
     rows = model.get_input_embeddings().num_embeddings
-    if max(max(pair.prompt + pair.chosen + pair.rejected) for pair in pairs) >= rows:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows")
+    token = max(max(pair.prompt + pair.chosen + pair.rejected) for pair in pairs)
+    if token >= rows:
+        raise ValueError(f"the model's embedding has {rows} rows, none for the tokenizer's token {token}")
 
 
 # ----------------------------------------------------------------------------------------------------- LoRA

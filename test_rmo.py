@@ -713,18 +713,15 @@ def test_adapters_are_refused_with_the_remedy(tmp_path):
 
 def test_pairs_that_the_model_cannot_take_are_refused():
     model, pairs = tiny("gpt2"), some_pairs(3)
-    tokenizer = lm.builtin_tokenizer(["tea"])
-    lm.check_pairs(model, pairs, tokenizer)
+    lm.check_pairs(model, pairs)
     most = len(model.transformer.wpe.weight)
     long = data.Pair([3] * most, [4], [5], "held.jsonl:9", {})
     error = f"held.jsonl:9: {most + 1} tokens, the model has {most} positions: --max_length {most}"
     with pytest.raises(ValueError, match=error):
-        lm.check_pairs(model, [*pairs, long], tokenizer)
+        lm.check_pairs(model, [*pairs, long])
     strange = data.Pair([3], [64], [5], "a", {})
-    with pytest.raises(
-        ValueError, match=rf"tokenizer has {len(tokenizer)} tokens, the model's embedding 64 rows"
-    ):
-        lm.check_pairs(model, [*pairs, strange], tokenizer)
+    with pytest.raises(ValueError, match="embedding has 64 rows, none for the tokenizer's token 64"):
+        lm.check_pairs(model, [*pairs, strange])
 
 
 def test_weights_that_text_never_reaches_are_not_trained():
@@ -1003,6 +1000,10 @@ def test_every_form_becomes_one_row(row, prompt, tmp_path):
         ({"prompt": [user(" ")], **LONE}, "empty prompt"),
         ({"system": "Be a pirate.", "prompt": "", **TEXTS}, "empty prompt"),
         ({"prompt": HH, "chosen": f" {H}\n\nHuman: Thanks", "rejected": N}, "a response that goes on"),
+        (
+            {"system": "Hi", "prompt": HH, "chosen": H, "rejected": f"{N}\n\nHuman: Why"},
+            "a response that goes on",
+        ),
     ],
 )  # fmt: skip
 def test_rows_that_say_something_else_than_a_pair_are_dropped(row, reason, tmp_path):
@@ -1358,10 +1359,10 @@ def test_transcripts_become_messages_where_there_is_a_template(chatml, tmp_path)
     rendered = chatml.apply_chat_template(LATER, tokenize=False, add_generation_prompt=True)  # the oracle
     assert text_of(pair, chatml) == (rendered, "Hot water.<|im_end|>", "No.<|im_end|>")
     assert pair.row["prompt"] == HH
-    assert data.tokenize_prompts([HH, LATER], chatml, None) == [pair.prompt] * 2
+    assert data.tokenize_prompts([HH, LATER], chatml, None)[0] == [pair.prompt] * 2
     [as_text], _ = pairs_of([hh], chatml, tmp_path, chat="never")
     assert text_of(as_text, chatml) == (HH, " Hot water.<|end|>", " No.<|end|>")
-    assert data.tokenize_prompts([HH], chatml, None, "never") == [as_text.prompt]
+    assert data.tokenize_prompts([HH], chatml, None, "never")[0] == [as_text.prompt]
     [without], _ = pairs_of([hh], chat_tokenizer(None), tmp_path)
     assert text_of(without, chatml) == text_of(as_text, chatml)
 
@@ -1429,7 +1430,7 @@ def test_thinking_is_off_and_reasoning_is_not_dropped_in_silence(thinks, tmp_pat
     assert text_of(pair, thinks) == (prompt, "Hot water.<|im_end|>", "No.<|im_end|>") and prompt.endswith(
         "</think>\n\n"
     )
-    assert data.tokenize_prompts([ASK], thinks, None) == [pair.prompt]
+    assert data.tokenize_prompts([ASK], thinks, None)[0] == [pair.prompt]
     assert thinks.decode(other.prompt).startswith("<|im_start|>user\n<think><|im_end|>")
     assert dropped(counts) == {
         "response rewritten by the chat template": 1
@@ -1502,7 +1503,7 @@ def test_real_chat_templates(tmp_path):
             lost[path.stem] = 3
             continue
         lost[path.stem] = sum(dropped(counts).values())
-        assert data.tokenize_prompts([pair.row["prompt"] for pair in pairs], tokenizer, None) == [
+        assert data.tokenize_prompts([pair.row["prompt"] for pair in pairs], tokenizer, None)[0] == [
             pair.prompt for pair in pairs
         ]
         for pair in pairs:
@@ -1540,12 +1541,12 @@ def test_one_bos_at_most(tmp_path):
     for pair in pairs:
         assert pair.prompt[0] == bos and (pair.prompt + pair.chosen + pair.rejected).count(bos) == 1
     prompts = [pair.row["prompt"] for pair in pairs]
-    assert data.tokenize_prompts(prompts, with_bos, None) == [pair.prompt for pair in pairs]
+    assert data.tokenize_prompts(prompts, with_bos, None)[0] == [pair.prompt for pair in pairs]
     (cut,), counts = pairs_of([text], with_bos, tmp_path, 8, 2)
     assert (
         cut.prompt == [bos, pairs[0].prompt[-1]] and counts["with the prompt truncated"] == 1
     )  # BOS outlives the cut
-    assert data.tokenize_prompts([text["prompt"]], with_bos, 2) == [cut.prompt]
+    assert data.tokenize_prompts([text["prompt"]], with_bos, 2)[0] == [cut.prompt]
 
 
 def test_generation_starts_where_a_text_that_ends_in_a_space_was_split(tokenizer, tmp_path):
@@ -1553,7 +1554,7 @@ def test_generation_starts_where_a_text_that_ends_in_a_space_was_split(tokenizer
     row = {"prompt": "Tea is ", "chosen": "hot water.", "rejected": "yeast."}
     [pair], _ = pairs_of([row], tokenizer, tmp_path)
     assert pair.prompt == tokenizer("Tea is").input_ids
-    assert data.tokenize_prompts([row["prompt"]], tokenizer, None) == [pair.prompt]
+    assert data.tokenize_prompts([row["prompt"]], tokenizer, None)[0] == [pair.prompt]
 
 
 def test_held_out_prompts_that_are_trained_on_are_counted(tokenizer, tmp_path):
@@ -2091,7 +2092,13 @@ def wait_for(stage, out, child, since=0):
 
 @pytest.mark.parametrize("stage, number", [("proxy", signal.SIGKILL), ("policy", signal.SIGINT)])
 def test_interrupted_and_run_again_ends_the_same(stage, number, whole_run, tmp_path):
-    out = tmp_path / "run"
+    out = shutil.copytree(whole_run, tmp_path / "run")  # with what comes before that stage
+    shutil.rmtree(out / "policy")
+    (out / "metrics.jsonl").unlink()
+    (out / "filter.json").unlink()
+    if stage == "proxy":
+        shutil.rmtree(out / "proxy")
+        (out / "margins.safetensors").unlink()
     child = start(command(output_dir=out, save_steps=1))
     wait_for(stage, out, child)
     child.send_signal(number)
@@ -2203,11 +2210,13 @@ def test_two_ranks_one_of_them_killed_end_with_the_same_bits(tmp_path):
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
-def as_on_two_machines(tmp_path, second, words):
-    """train.py on two ranks, the second one in another folder: as on two machines that share nothing."""
+def test_one_ranks_error_ends_all_ranks(tmp_path):
+    """The second rank runs in another folder, where the data is not."""
+    builtin_file(tmp_path / "pairs.jsonl")
+    words = ["--data", "pairs.jsonl", "--batch_size", "4", "--output_dir", str(tmp_path / "run")]
     script = tmp_path / "launch.py"
     script.write_text(f"""import os, runpy, sys
-os.chdir({str(tmp_path)!r} if os.environ["RANK"] == "0" else {str(second)!r})
+os.chdir({str(tmp_path)!r} if os.environ["RANK"] == "0" else "/")
 sys.path.insert(0, {str(HERE)!r})
 sys.argv[1:] = {words!r}
 runpy.run_module("train", run_name="__main__")
@@ -2216,13 +2225,7 @@ runpy.run_module("train", run_name="__main__")
     child = torchrun(2, str(script))
     text = child.communicate()[0]
     assert child.returncode and time.monotonic() - started < 60, text
-    return text
-
-
-def test_one_ranks_error_ends_all_ranks(tmp_path):
-    builtin_file(tmp_path / "pairs.jsonl")
-    words = ["--data", "pairs.jsonl", "--batch_size", "4", "--output_dir", str(tmp_path / "run")]
-    assert "train.py: error: pairs.jsonl: no such file" in as_on_two_machines(tmp_path, "/", words)
+    assert "train.py: error: pairs.jsonl: no such file" in text
     assert not (tmp_path / "run").exists()
 
 
@@ -2234,13 +2237,11 @@ def test_a_held_out_share_of_no_prompt_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_folder_that_nodes_do_not_share_is_said_before_training(tmp_path):
-    (tmp_path / "second").mkdir()
-    text = as_on_two_machines(
-        tmp_path, tmp_path / "second", ["--limit", "60", "--sft_epochs", "0", "--output_dir", "run"]
-    )
-    assert "all nodes must share the run folder" in text, text
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+def test_a_run_folder_that_nodes_do_not_share_is_said_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "on_rank_0", lambda *_: None)  # what rank 0 writes is not seen here
+    monkeypatch.setattr(train, "fit", None)
+    with pytest.raises(ValueError, match="all nodes must share the run folder"):
+        run(tmp_path / "run")
 
 
 def test_batches_and_draws_are_functions_of_seed_and_epoch_alone():
@@ -2377,13 +2378,14 @@ def test_lines_of_steps_after_the_checkpoint_are_written_again(whole_run, tmp_pa
 def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_when_there_is_space(whole_run, tmp_path):
     import resource
 
-    def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # a model has 1.6 MB
-
-    child = start(command(output_dir=tmp_path / "run"), preexec_fn=small_files)
-    text = child.communicate()[0]
-    assert child.returncode == 1 and "Traceback" not in text, text
-    assert re.search(r"train.py: error: .*[Ff]ile too large", text), text
+    plain_products()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # a model has 1.6 MB
+    try:
+        with pytest.raises(SystemExit, match="train.py: error: .*[Ff]ile too large"):
+            main(*flags_of(), "--output_dir", tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json"}
     assert equal(weights(run(tmp_path / "run")), weights(whole_run))
 
@@ -2491,7 +2493,7 @@ def test_length_controlled_win_rate_recovers_the_truth():
 def chatty():
     tokenizer = lm.builtin_tokenizer(data.builtin_texts())
     rows = data.synthetic_preferences(6, 0)
-    prompts = data.tokenize_prompts([row["prompt"] for row in rows], tokenizer, None)
+    prompts, _ = data.tokenize_prompts([row["prompt"] for row in rows], tokenizer, None)
     return lm.builtin_model(0).eval(), tokenizer, [*prompts, prompts[0], prompts[1][-3:]]
 
 
@@ -2926,7 +2928,7 @@ def test_instructions_of_another_form_are_refused(rows, complaint, tmp_path):
         evaluate.read_rows(tmp_path / "set.json")
 
 
-def test_without_a_template_instructions_are_plain_text(runs, tmp_path, monkeypatch):
+def test_without_a_template_instructions_are_plain_text_and_counted(runs, tmp_path, monkeypatch, capsys):
     """As in training, where messages need a template, but transcripts do not."""
     load = lm.load_tokenizer
 
@@ -2941,6 +2943,7 @@ def test_without_a_template_instructions_are_plain_text(runs, tmp_path, monkeypa
     data.write_json(tmp_path / "set.json", [{"instruction": "Tea?"}])
     assert call("generate", runs["c"], "--instructions", tmp_path / "set.json", "--out", tmp_path) is None
     assert load(runs["c"] / "policy").decode(seen[0]) == "\n\nHuman: Tea?\n\nAssistant:"
+    assert "1 with messages as Human/Assistant text, without a chat template" in capsys.readouterr().out
 
 
 def test_outputs_of_an_earlier_training_are_not_judged(tmp_path):
@@ -3161,8 +3164,8 @@ def test_margins_of_any_models(runs, tmp_path, capsys):
 def test_numbers_in_tables():
     cases = {(64.84, 1.68): "64.8 ± 1.7", (1234.5, math.nan): "1,234.5", (0.0123, 0.004): "0.0123 ± 0.0040"}
     for value, wanted in cases.items():
-        assert evaluate.text(evaluate.Estimate(*value)) == wanted
-    assert evaluate.text(evaluate.Estimate(math.nan)) == "-"
+        assert evaluate.cell(evaluate.Estimate(*value)) == wanted
+    assert evaluate.cell(evaluate.Estimate(math.nan)) == "-"
 
 
 # ---------------------------------------------------------------------------------------------------- figures

@@ -479,7 +479,7 @@ def prepare(s: Settings) -> tuple[Any, list[Pair], list[Pair]]:
     say(f"lengths: chosen responses have {chosen:.1f} tokens on average, rejected ones {rejected:.1f}")
 
     model = lm.load_model(s.sft_model or s.model, s.seed).to(lm.choose_device())
-    lm.check_pairs(model, splits.everything, tokenizer)
+    lm.check_pairs(model, splits.everything)
     description = f"model: {type(model).__name__}, {model.num_parameters():,} parameters"
     if s.lora_rank:
         share = lm.add_lora(model, s.lora_rank, s.seed)

@@ -32,6 +32,8 @@ TABLE_ARMS = {
     "high+reg": "High-Var + Reg",
     "rmo": "RMO",
 }
+HH_ARMS = ("plain", "high", "random+filter", "random+reg", "rmo")
+SEEDS = range(30, 40)  # the plan's
 MAIN = [("rmo", "plain"), ("high", "plain"), ("low", "plain"), ("random+filter", "plain")]
 MAIN += [("random+reg", "plain"), ("rmo", "plain-twice")]  # the plan's main comparisons
 CONTROLS = {
@@ -331,7 +333,12 @@ def main_comparisons(study: Study) -> str:
     for (name, gain), corrected in zip(comparisons, holm([gain.p for _, gain in comparisons])):
         rows.append([name, gain_cell(gain, gain.seeds), f"{gain.p:.2g}", f"{corrected:.2g}"])
     header = ["comparison", "difference in win rate", "p", "p, Holm's of all these"]
-    return section("The main comparisons", header, rows)
+    note = (
+        ""
+        if len(rows) == 2 * len(MAIN)
+        else "Some of the plan's twelve are missing: Holm's method needs all."
+    )
+    return section("The main comparisons", header, rows, note)
 
 
 def gains_table(study: Study, title: str, arms: dict[str, str], families: list[str], note: str = "") -> str:
@@ -432,7 +439,7 @@ def filter_table(study: Study) -> str:
 
 
 def table_3(study: Study) -> str:
-    header = ["RMO's training pairs, margins by the proxy", "Low-Var", "Rnd-Var", "High-Var"]
+    header = ["all training pairs, before the filter, margins by the proxy", "Low-Var", "Rnd-Var", "High-Var"]
     rows = []
     for family in ("dpo", "simpo", "hh"):
         for key, text in (("variance", "variance in a batch"), ("bound", "% of the bound")):
@@ -470,9 +477,7 @@ def hh_tables(study: Study) -> str:
         cells += gain_cells(study, "hh", arm)
         cells += [mean_cell(study.mean("hh", arm, length)), str(max(lacking)) if lacking else "-"]
         rows.append(cells)
-    right = mean_cell(study.mean("hh", "plain", judge_accuracy))
-    note = f"The judge is right on {right} % of the labels of a seed's test pairs."
-    first = section("HH", header, rows, note)
+    first = section("HH", header, rows, hh_note(study))
 
     arms = [arm for arm in TABLE_ARMS if study.values("hh", arm, rate)]
     by_seed = []
@@ -482,6 +487,25 @@ def hh_tables(study: Study) -> str:
         by_seed.append([str(seed), f"{right:.1f}", *cells])
     header = ["seed", "judge right on %", *[TABLE_ARMS[arm] for arm in arms]]
     return first + "\n" + section("HH, win rates by seed", header, by_seed)
+
+
+def hh_note(study: Study) -> str:
+    """How good the judge is, and what the plan forbids to conclude."""
+    right = study.mean("hh", "plain", judge_accuracy)
+    notes = [f"The judge is right on {mean_cell(right)} % of the labels of a seed's test pairs."]
+    if right and right.value < 55:
+        notes.append("That is below 55 %: nothing is concluded.")
+    few = []
+    for arm in HH_ARMS:
+        seeds = study.values("hh", arm, rate)
+        if not all(seed in seeds for seed in SEEDS):
+            few.append(f"{TABLE_ARMS[arm]} {len(seeds)}")
+        lacking = study.values("hh", arm, missing)
+        if max(lacking.values(), default=0) > 5:
+            notes.append(f"{TABLE_ARMS[arm]} lacks more than 5 verdicts on a seed: nothing is concluded.")
+    if few:
+        notes.append(f"Not all of the plan's ten seeds are there, so nothing is concluded: {', '.join(few)}.")
+    return " ".join(notes)
 
 
 def missing_table(study: Study) -> str:
@@ -574,12 +598,17 @@ def check() -> None:
     # 3 / 0.577 = 5.196 at 2 degrees of freedom: 1 - t / sqrt(2 + t^2) = 0.035
     assert "| 1. DPO: RMO against plain | **+3.0 ± 2.5** | 0.035 | 0.07 |" in main_comparisons(study)
     assert "No rows yet." in hh_tables(study)
+    assert "ten seeds are there, so nothing is concluded: Rnd-Var: plain (the proxy) 0, " in hh_note(study)
     answers = {"rate": 50.0, "controlled": 49.0, "length": 300.0}
     hh = [
         {"family": "hh", "arm": "plain", "seed": seed, "wins": {"judge": {**answers, "missing": seed}}}
         for seed in (1, 2)
     ]
     assert "(the proxy) | 50.0 ± 0.0 | 49.0 ± 0.0 |  |  | 300.0 ± 0.0 | 2 |" in hh_tables(Study(hh))
+    hh = [dict(row, seed=seed, judge_accuracy=54.0) for row in hh for seed in SEEDS]
+    assert "below 55 %: nothing is concluded. Not all" in hh_note(Study(hh))
+    hh[-1]["wins"]["judge"]["missing"] = 6
+    assert "(the proxy) lacks more than 5 verdicts on a seed" in hh_note(Study(hh))
     assert "| DPO, high | 31 | ValueError: refused |" in missing_table(study)
     assert "| DPO, high | 32 | not run |" in missing_table(study)
     # Gains are 1, 2, ... 9 in two families; in the third they are -1, but 0 of the fifth.
