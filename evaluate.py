@@ -56,6 +56,12 @@ class Estimate(NamedTuple):
     value: float
     error: float = math.nan
 
+    def __str__(self) -> str:
+        """As tables show it: with its error, to about three digits; a dash for what is not known."""
+        digits = 1 + sum(abs(self.value) < limit for limit in (10, 1, 0.1))
+        error = "" if math.isnan(self.error) else f" ± {self.error:,.{digits}f}"
+        return "-" if math.isnan(self.value) else f"{self.value:,.{digits}f}{error}"
+
 
 def mean_of(values: Any) -> Estimate:
     """The mean of numbers with its standard error; NaN of none."""
@@ -97,10 +103,9 @@ def length_controlled_win_rate(
     if (wins == wins[0]).all():
         return Estimate(100 * wins[0].item(), 0.0 if len(wins) > 1 else math.nan)
     d = torch.tensor(baseline_lengths, dtype=wins.dtype) - torch.tensor(model_lengths, dtype=wins.dtype)
-    tanh = (d / d.std()).tanh()[places]  # the spread is that of all rows, with a verdict or not
     columns = [torch.ones_like(wins)]
-    if tanh.std() > 0:
-        columns.append(tanh)
+    if len(d[places].unique()) > 1:
+        columns.append((d / d.std()).tanh()[places])  # the spread is that of all rows, with a verdict or not
     x = torch.stack(columns, dim=1)  # [n, k]
     n, k = x.shape
     ridge = torch.tensor([0, 1e-6], dtype=wins.dtype)[:k].diag()  # b stays finite where length alone decides
@@ -192,16 +197,15 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{path}: item {number}: {error}") from None
         rows[row["instruction"]] = {**row, "prompt": prompt}
-    if len(rows) < len(given):
-        repeated = f"{len(given) - len(rows)} of {len(given)} rows repeat an instruction"
-        print(f"{path}: {repeated}, of which the last one stands")
+    repeated = len(given) - len(rows)
+    if repeated:
+        print(f"{path}: {repeated} of {len(given)} rows repeat an instruction, of which the last one stands")
     return rows
 
 
 def write_outputs(args: argparse.Namespace) -> None:
     """AlpacaEval's files of outputs, of a run and of the model it started from, with their prompts."""
     run = open_run(args.run)
-    device = lm.choose_device()
     folder = Path(args.out or run.folder / "evaluation")
     tokenizer = lm.load_tokenizer(run.folder / "policy")
     if args.instructions:
@@ -216,12 +220,11 @@ def write_outputs(args: argparse.Namespace) -> None:
     for number, (name, label) in enumerate(files):
         # Each model has noise of its own: with the same, near models would give equal outputs, all draws.
         how = Sampling(args.max_new_tokens, args.temperature, 2 * args.seed + number, args.batch_size)
-        model = load(run, label, device)
-        room = lm.positions(model) - how.max_new_tokens
+        model = load(run, label)
+        positions = lm.positions(model)
+        room = positions - how.max_new_tokens
         if room < 1:
-            raise ValueError(
-                f"--max_new_tokens {how.max_new_tokens}: the model has {lm.positions(model)} in all"
-            )
+            raise ValueError(f"--max_new_tokens {how.max_new_tokens}: the model has {positions} in all")
         ids, counts = data.tokenize_prompts(prompts, tokenizer, room, chat_of(run, tokenizer))
         outputs = []
         for (text, row), output in zip(rows.items(), generate(model, tokenizer, ids, how)):
@@ -274,7 +277,7 @@ def judge_messages(template: str, instruction: str, first: str, second: str) -> 
 def read_verdict(choice: dict[str, Any]) -> float | None:
     """1 = first answer .. 2 = second, by log-probabilities of "m" and "M"; without any, the hard label."""
     p = token_probabilities(choice)
-    if p is None:
+    if not p:
         message = choice.get("message")
         content = message.get("content") if isinstance(message, dict) else None
         return {"m": 1.0, "M": 2.0}.get(str(content).strip())
@@ -283,13 +286,13 @@ def read_verdict(choice: dict[str, Any]) -> float | None:
     return 2 - first / (first + second) if first + second else None
 
 
-def token_probabilities(choice: dict[str, Any]) -> dict[str, float] | None:
-    """Of the likeliest first tokens; None if the endpoint gave no log-probabilities."""
+def token_probabilities(choice: dict[str, Any]) -> dict[str, float]:
+    """Of the likeliest first tokens; {} if the endpoint gave no log-probabilities."""
     try:
         tops = choice["logprobs"]["content"][0]["top_logprobs"]
         return {top["token"]: math.exp(top["logprob"]) for top in tops}
     except (LookupError, TypeError):
-        return None
+        return {}
 
 
 def ask_endpoint(items: list[Comparison], args: Any, stored: Path) -> list[float | None]:
@@ -328,7 +331,7 @@ def ask_endpoint(items: list[Comparison], args: Any, stored: Path) -> list[float
             raise ValueError(f"{str(error) or 'stopped'}; {rest}") from None
     verdicts = [read_verdict(answers[key]) for key in keys]
     unread = [answers[key] for key, verdict in zip(keys, verdicts) if verdict is None]
-    hard = sum(token_probabilities(answers[key]) is None for key in keys)
+    hard = sum(not token_probabilities(answers[key]) for key in keys)
     print(f"{args.judge_model}: {len(missing)} of {len(items)} asked now, {hard} without log-probabilities")
     if len(unread) > len(items) / 10:
         print(f"WARNING: {len(unread)} of {len(items)} are no verdict, such as {str(unread[0])[:300]}")
@@ -347,7 +350,9 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
                 answer = response.read().decode(errors="replace").replace(key or "\0", "***")
             return dict(json.loads(answer)["choices"][0])
         except HTTPError as error:
-            text = error.read(2000).decode(errors="replace").replace(key or "\0", "***")
+            text = ""
+            with suppress(OSError, HTTPException):  # it may break off
+                text = error.read(2000).decode(errors="replace").replace(key or "\0", "***")
             problem = f"HTTP {error.code} {' '.join(text.split())[:300]}"
             if error.code == 400:  # too long, or filtered: no verdict on this one, there may be on others
                 return {"refused": problem}
@@ -370,17 +375,19 @@ def true_preferences(items: list[Comparison]) -> list[float]:
 
 
 @torch.no_grad()
-def model_preferences(items: list[Comparison], args: Any, device: Any) -> list[float | None]:
+def model_preferences(items: list[Comparison], args: Any) -> list[float | None]:
     """By a reward model or by a run's implicit reward, which see what training would: an empty output, or two
     that are alike once cut, make no pair, and no verdict."""
     run = open_run(args.judge_run) if args.judge_run else open_model(args.reward_model)
     rows = []
     for number, item in enumerate(items):
         rows.append(data.make_row(item.prompt, item.model_output, item.baseline_output, str(number)))
+    if all("drop" in row for row in rows):
+        return [None] * len(items)
     pairs, counts = tokenized(rows, run)
     print(f"{args.judge_run or args.reward_model}: {data.describe(counts)}")
     if args.judge_run:
-        margins = margins_of(run, pairs, device)
+        margins = margins_of(run, pairs)
         gains = margins[run.policy]
         if run.settings["objective"] not in REFERENCE_FREE:
             gains = gains - margins[run.start]
@@ -389,11 +396,11 @@ def model_preferences(items: list[Comparison], args: Any, device: Any) -> list[f
         model = transformers.AutoModelForSequenceClassification.from_pretrained(args.reward_model, **options)
         if model.config.num_labels != 1 or "SequenceClassification" not in str(model.config.architectures):
             raise ValueError(f"{args.reward_model}: no sequence classifier with one label")
-        model.to(device).eval()
+        model.to(lm.choose_device()).eval()
         gains = torch.zeros(len(pairs))
         for k, pair in enumerate(tqdm(pairs, args.reward_model, unit="pair")):
-            chosen = torch.tensor([pair.prompt + pair.chosen], device=device)
-            rejected = torch.tensor([pair.prompt + pair.rejected], device=device)
+            chosen = torch.tensor([pair.prompt + pair.chosen], device=model.device)
+            rejected = torch.tensor([pair.prompt + pair.rejected], device=model.device)
             gains[k] = (model(chosen).logits - model(rejected).logits)[0, 0].item()
     preferences = {int(pair.source): 1.5 + gain / 2 for pair, gain in zip(pairs, gains.sign().tolist())}
     return [preferences.get(i) for i in range(len(items))]
@@ -420,7 +427,6 @@ def judge_outputs(args: argparse.Namespace) -> None:
         if row.get("training", run.training) != run.training:
             raise ValueError(f"{folder}: outputs of an earlier training of this run: evaluate.py generate")
     items = [Comparison(theirs["prompt"], theirs["output"], ours["output"]) for theirs, ours in pairs]
-    preferences: list[float | None] = [1.5] * len(items)  # equal outputs are a draw
     unequal = [i for i, item in enumerate(items) if item.baseline_output != item.model_output]
     asked = [items[i] for i in unequal]
     if args.url is not None:
@@ -431,9 +437,9 @@ def judge_outputs(args: argparse.Namespace) -> None:
         verdicts = true_preferences(asked)
     else:
         name = args.judge_run or args.reward_model
-        verdicts = model_preferences(asked, args, lm.choose_device())
-    for i, verdict in zip(unequal, verdicts):
-        preferences[i] = verdict
+        verdicts = model_preferences(asked, args)
+    verdict_of = dict(zip(unequal, verdicts))
+    preferences = [verdict_of.get(i, 1.5) for i in range(len(items))]  # equal outputs are a draw
     annotations = []
     for (theirs, ours), preference in zip(pairs, preferences):
         row = {key: theirs[key] for key in ("dataset", "instruction") if key in theirs}
@@ -453,13 +459,14 @@ def judge_outputs(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------- runs
 
 METHODS = {"dpo": "DPO", "ipo": "IPO", "simpo": "SimPO", "orpo": "ORPO", "slic": "SLiC"}
+BATCHES = {"low": "Low-Var", "random": "Rnd-Var", "high": "High-Var"}  # the paper's names, by --batching
 SAMPLES = 16  # responses of each model to each prompt of the built-in task
 
 
 class Run(NamedTuple):
     """A finished run, or a model as if it were one. models: folders or hub ids by label, from the one that
-    training started from to the policy. training: tells it from an earlier one in the same folder.
-    fingerprint: of its data."""
+    training started from to the policy. training: a hash of its wall times, which no earlier training in the
+    same folder has. fingerprint: of its data."""
 
     folder: Path
     settings: dict[str, Any]
@@ -468,8 +475,7 @@ class Run(NamedTuple):
     fingerprint: str | None = None
 
     @property
-    def start(self) -> str:
-        """The label of the model that training started from."""
+    def start(self) -> str:  # the label of the model that training started from
         return next(iter(self.models))
 
     @property
@@ -490,27 +496,23 @@ def open_run(name: str | Path) -> Run:
     if s["sft_model"] or s["sft_epochs"]:
         models = {"SFT": s["sft_model"] or str(folder / "sft")}
     plain = f"plain {METHODS[s['objective']]}"
-    policy = method_of(s)
-    if policy == "plain":
-        policy = plain
-    elif s["proxy"] or (folder / "proxy").is_dir():
+    if s["proxy"] or (folder / "proxy").is_dir():
         models[plain] = s["proxy"] or str(folder / "proxy")
-    models[policy] = str(folder / "policy")
-    times = (folder / "metrics.jsonl").read_bytes()  # no other training has the same wall times
-    training = hashlib.sha256(times).hexdigest()[:16]
+    models[method_of(s) or plain] = str(folder / "policy")
+    training = hashlib.sha256((folder / "metrics.jsonl").read_bytes()).hexdigest()[:16]
     return Run(folder, s, models, training, config.get("data"))
 
 
 def method_of(s: dict[str, Any]) -> str:
-    """RMO, or those of its three parts that these settings switch on, by the paper's names."""
+    """RMO, or those of its three parts that these settings switch on, by the paper's names; "" of none."""
     parts = []
     if s["batching"] != "random":
-        parts.append({"high": "High-Var", "low": "Low-Var"}[s["batching"]])
+        parts.append(BATCHES[s["batching"]])
     if s["tau"] is not None or s["filter_ratio"] != 0:
         parts.append("Filter")
     if s["lambda_reg"] != 0:
         parts.append("Reg")
-    return "RMO" if parts == ["High-Var", "Filter", "Reg"] else " + ".join(parts) or "plain"
+    return "RMO" if parts == ["High-Var", "Filter", "Reg"] else " + ".join(parts)
 
 
 def open_model(name: str) -> Run:
@@ -520,10 +522,10 @@ def open_model(name: str) -> Run:
     return Run(Path(name), settings, {name: name})
 
 
-def load(run: Run, label: str, device: Any) -> nn.Module:
+def load(run: Run, label: str) -> nn.Module:
     if run.settings.get("model") == data.BUILTIN:
         torch.set_num_threads(1)  # threads wait for each other on tiny products
-    return lm.load_model(run.models[label], run.settings["seed"]).to(device).eval()
+    return lm.load_model(run.models[label], run.settings["seed"]).to(lm.choose_device()).eval()
 
 
 def splits_of(run: Run, tokenizer: Any) -> data.Splits:
@@ -547,7 +549,7 @@ def tokenized(rows: list[dict[str, Any]], run: Run) -> tuple[list[data.Pair], di
     return data.tokenize_preferences(rows, tokenizer, *lengths, chat_of(run, tokenizer))
 
 
-def margins_of(run: Run, pairs: list[data.Pair], device: Any) -> dict[str, Tensor]:
+def margins_of(run: Run, pairs: list[data.Pair]) -> dict[str, Tensor]:
     """Margins (Eq. 1) of pairs by each model of a run, [N] float64, of sums over tokens or of means as its
     objective has them. In a distributed run every rank must call it, as they share the scoring."""
     if not pairs:
@@ -555,7 +557,7 @@ def margins_of(run: Run, pairs: list[data.Pair], device: Any) -> dict[str, Tenso
     mean = run.settings["objective"] in LENGTH_NORMALISED
     margins = {}
     for label in run.models:
-        model = load(run, label, device)
+        model = load(run, label)
         lm.check_pairs(model, pairs)
         scores = lm.score_pairs(model, pairs, mean=mean, label=f"{run.folder.name} {label}").double()
         margins[label] = scores[:, 0] - scores[:, 1]
@@ -582,7 +584,7 @@ def partitions(run: Run) -> list[Partition]:
     margins = margins[torch.randperm(len(margins), generator=draw)[: len(margins) // m * m]]
     makers = batching.low_variance_batches, batching.random_batches, batching.high_variance_batches
     rows = []
-    for name, make in zip(("Low-Var", "Rnd-Var", "High-Var"), makers):
+    for name, make in zip(BATCHES.values(), makers):
         batches = make(margins, m, draw)  # [n, m]
         total = batching.total_variance(margins, batches)  # Eq. 10
         share = 100 * total / batching.variance_bound(margins, m)  # NaN where all margins are equal
@@ -650,7 +652,7 @@ def wins_of(model: str, baseline: str, judge: str, items: list[Comparison], pref
     return Wins(model, baseline, judge, rate, controlled, *lengths, len(means), len(prompts))
 
 
-def true_wins(run: Run, pairs: list[data.Pair], device: Any) -> list[Wins]:
+def true_wins(run: Run, pairs: list[data.Pair]) -> list[Wins]:
     """On the built-in task, by its true reward: SAMPLES responses of each model to each prompt, each compared
     with each of another model's."""
     prompts = {data.prompt_text(pair.row["prompt"]): pair.prompt for pair in pairs}
@@ -658,7 +660,7 @@ def true_wins(run: Run, pairs: list[data.Pair], device: Any) -> list[Wins]:
     responses = {}  # [P][SAMPLES] texts by label
     for number, label in enumerate(run.models):
         how = Sampling(64, 1.0, 10 * run.settings["seed"] + number, 512)
-        texts = generate(load(run, label, device), tokenizer, [*prompts.values()] * SAMPLES, how)
+        texts = generate(load(run, label), tokenizer, [*prompts.values()] * SAMPLES, how)
         responses[label] = [texts[k :: len(prompts)] for k in range(len(prompts))]
     wins = []
     for baseline, model in combinations(run.models, 2):
@@ -701,7 +703,7 @@ def filter_sentences(run: Run, pairs: list[data.Pair]) -> list[str]:
     return sentences
 
 
-def make_report(run: Run, device: Any) -> dict[str, Any]:
+def make_report(run: Run) -> dict[str, Any]:
     """report.json, made if it is not there or of another training, and judges' win rates: {"wins", "margins",
     "filter": sentences, "held_out": margins by model}. Every rank must call it."""
     path = run.folder / "report.json"
@@ -710,10 +712,10 @@ def make_report(run: Run, device: Any) -> dict[str, Any]:
     if report.get("training") != run.training:
         splits = splits_of(run, lm.load_tokenizer(run.folder / "policy"))
         report = {"training": run.training, "wins": [], "filter": filter_sentences(run, splits.train)}
-        margins = margins_of(run, splits.held_out, device)
+        margins = margins_of(run, splits.held_out)
         report["held_out"] = {label: values.tolist() for label, values in margins.items()}
         if first and run.settings["data"] == [data.BUILTIN] and not run.settings["eval_data"]:
-            report["wins"] = [row._asdict() for row in true_wins(run, splits.held_out, device)]
+            report["wins"] = [row._asdict() for row in true_wins(run, splits.held_out)]
         if first:
             data.write_json(path, report)
     judgements = data.read_json(run.folder / "evaluation" / "judgements.json", {}).values()
@@ -722,31 +724,24 @@ def make_report(run: Run, device: Any) -> dict[str, Any]:
     for row in rows:  # JSON has made lists of the estimates
         values = [Estimate(*value) if isinstance(value, list) else value for value in row.values()]
         report["wins"].append(Wins(*values))
-    held_out = {label: torch.tensor(values).double() for label, values in report["held_out"].items()}
+    held_out = {}
+    for label, values in report["held_out"].items():
+        held_out[label] = torch.tensor(values, dtype=torch.float64)
     return {**report, "margins": margin_rows(held_out, run.settings["objective"])}
-
-
-def cell(value: Any) -> str:
-    """A table's cell: an estimate with its error; a dash for what is not known."""
-    if not isinstance(value, Estimate):
-        return str(value)
-    digits = 1 + sum(abs(value.value) < limit for limit in (10, 1, 0.1))
-    error = "" if math.isnan(value.error) else f" ± {value.error:,.{digits}f}"
-    return "-" if math.isnan(value.value) else f"{value.value:,.{digits}f}{error}"
 
 
 def table(header: list[str], rows: list[Any]) -> str:
     """A Markdown table of results."""
-    lines = [header, *([cell(value) for value in row] for row in rows)]
+    lines = [header, *([str(value) for value in row] for row in rows)]
     widths = [max(len(line[k]) for line in lines) for k in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
-def report_run(folder: Path, device: Any) -> None:
+def report_run(folder: Path) -> None:
     """Print what became of a finished run, and write report.json. Every rank must call it; rank 0 prints."""
     run = open_run(folder)
-    report = make_report(run, device)
+    report = make_report(run)
     if lm.rank_and_world()[0] > 0:
         return
     for row in report["wins"]:
@@ -755,7 +750,7 @@ def report_run(folder: Path, device: Any) -> None:
             if apart:
                 apart = apart / row.rate.error if row.rate.error else math.copysign(math.inf, apart)
             winner = row.model if apart > 2 else row.baseline if apart < -2 else "no clear winner"
-            rates = f"{cell(row.rate)} %, at equal lengths {cell(row.controlled)} %"
+            rates = f"{row.rate} %, at equal lengths {row.controlled} %"
             print(f"{row.model} against {row.baseline}: {winner} ({rates}; {apart:+.1f} errors from a draw)")
     show(report["wins"], report["margins"], report["filter"], [run])
     step = f"generate {folder}" if report["margins"] else f"generate {folder} --instructions FILE"
@@ -782,17 +777,15 @@ class Group(NamedTuple):
     name: str
     settings: dict[str, Any]
     runs: list[Run]
-    wins: list[Wins]  # against the model that training started from, by each judge
+    wins: dict[str, Wins]  # by judge, against the model that training started from
     margins: list[Margins]  # one, if there are held-out pairs
     held_out: list[float]
     place: float = 0.0  # on the x axis of a figure
 
 
-SEEDS = {"seed", "output_dir", "proxy", "sft_model", "micro_batch_tokens", "save_steps"}
-
-
 def alike(items: list[Any], free: set[str]) -> list[list[Any]]:
-    """Runs, or groups of runs, that differ in these settings at most, together."""
+    """Runs, or groups of runs, that differ by seed and in these settings at most, together."""
+    free = {"seed", "output_dir", "proxy", "sft_model", "micro_batch_tokens", "save_steps", *free}
     together = {}
     for item in items:
         fixed = {key: value for key, value in item.settings.items() if key not in free}
@@ -805,16 +798,15 @@ def over_seeds(rows: list[Any], name: str, runs: int) -> Any:
     if runs > 1:
         name += f" ({len(rows)} seeds)" if len(rows) == runs else f" ({len(rows)} of {runs} seeds)"
     means = {"model": name}
-    for field, value in rows[0]._asdict().items():
-        values = [getattr(row, field) for row in rows]
-        if isinstance(value, Estimate) and len(rows) > 1:
+    for field, values in zip(rows[0]._fields, zip(*rows)):
+        if isinstance(values[0], Estimate) and len(rows) > 1:
             means[field] = mean_of([one.value for one in values])
-        elif isinstance(value, int):  # verdicts and prompts
+        elif isinstance(values[0], int):  # verdicts and prompts
             means[field] = sum(values)
     return rows[0]._replace(**means)
 
 
-def read_groups(folders: list[str], device: Any) -> list[Group]:
+def read_groups(folders: list[str]) -> list[Group]:
     """The finished runs among these folders, over seeds; the others are named and left out."""
     runs = []
     for folder in folders:
@@ -825,7 +817,7 @@ def read_groups(folders: list[str], device: Any) -> list[Group]:
     if not runs:
         raise ValueError("none of these folders is a finished run of train.py")
     groups = []
-    for together in alike(runs, SEEDS):
+    for together in alike(runs, set()):
         name = commonprefix([run.folder.name for run in together]).strip("-_.") or together[0].folder.name
         if len({run.settings["seed"] for run in together}) < len(together):
             raise ValueError(f"{name}: two of these runs have the same settings and seed: name one of them")
@@ -833,14 +825,14 @@ def read_groups(folders: list[str], device: Any) -> list[Group]:
         margins = []
         held_out = []
         for run in together:
-            report = make_report(run, device)
+            report = make_report(run)
             for row in report["wins"]:
                 if (row.model, row.baseline) == (run.policy, run.start):
                     wins.setdefault(row.judge, []).append(row)
             margins += report["margins"][-1:]
             held_out += report["held_out"].get(run.policy, [])
         count = len(together)
-        averages = [over_seeds(rows, name, count) for rows in wins.values()]
+        averages = {judge: over_seeds(rows, name, count) for judge, rows in wins.items()}
         margins = [over_seeds(margins, name, count)] if margins else []
         if count > 1:
             name += f" ({count} seeds)"
@@ -850,12 +842,12 @@ def read_groups(folders: list[str], device: Any) -> list[Group]:
 
 def report_runs(args: argparse.Namespace) -> None:
     if len(args.runs) == 1:
-        return report_run(args.runs[0], lm.choose_device())
-    groups = read_groups(args.runs, lm.choose_device())
-    wins = [row for group in groups for row in group.wins]
+        return report_run(args.runs[0])
+    groups = read_groups(args.runs)
+    wins = [row for group in groups for row in group.wins.values()]
     margins = [row for group in groups for row in group.margins]
     runs = [run for group in groups for run in group.runs]
-    sentences = [f"{run.folder.name}: {' '.join(make_report(run, None)['filter'])}" for run in runs]
+    sentences = [f"{run.folder.name}: {' '.join(make_report(run)['filter'])}" for run in runs]
     show(wins, margins, sentences, runs)
 
 
@@ -865,8 +857,7 @@ def compare_margins(args: argparse.Namespace) -> None:
         run = open_model(name)
         pairs, counts = tokenized(data.read_preferences(args.pairs), run)
         print(f"{name}: {data.describe(counts)}")
-        found = margins_of(run, pairs, lm.choose_device())
-        for row in margin_rows(found, run.settings["objective"]):
+        for row in margin_rows(margins_of(run, pairs), run.settings["objective"]):
             rows.append(row._replace(model=name if row.model == name else f"{name} {row.model}"))
     print(table(MARGINS, rows))
 
@@ -876,16 +867,16 @@ def compare_margins(args: argparse.Namespace) -> None:
 
 def draw_rates(axis: Any, groups: list[Group], free: set[str], x_label: str) -> None:
     """Win rates over a setting by the judge that most groups have. Only runs alike in all else are joined."""
-    judges = Counter(row.judge for group in groups for row in group.wins)
+    judges = Counter(judge for group in groups for judge in group.wins)
     judge = max(judges, key=judges.__getitem__, default="")
-    judged = [group._replace(wins=[row for row in group.wins if row.judge == judge]) for group in groups]
-    arms = [arm for arm in alike([group for group in judged if group.wins], SEEDS | free) if len(arm) > 1]
+    judged = [group for group in groups if judge in group.wins]
+    arms = [arm for arm in alike(judged, free) if len(arm) > 1]
     if not arms:
         raise ValueError(f"it needs win rates of runs that differ in {' or '.join(sorted(free))} alone")
     for arm in arms:
         arm.sort(key=attrgetter("place"))
         xs = [group.place for group in arm]
-        rows = [group.wins[0] for group in arm]
+        rows = [group.wins[judge] for group in arm]
         others = f", {arm[0].name} ..." if len(arms) > 1 else ""
         values, errors = zip(*[row.rate for row in rows])
         axis.errorbar(xs, values, errors, marker="o", capsize=3, label=f"win rate{others}")
@@ -895,15 +886,14 @@ def draw_rates(axis: Any, groups: list[Group], free: set[str], x_label: str) -> 
     axis.set(xlabel=x_label, ylabel=f"wins against {rows[0].baseline} (% of comparisons), judge: {judge}")
 
 
-def draw_density(axis: Any, values: Any, label: str) -> None:
+def draw_density(axis: Any, values: list[float], label: str) -> None:
     """A Gaussian kernel density relative to its peak, so that unlike widths fit one scale."""
     from matplotlib.mlab import GaussianKDE
 
-    values = torch.as_tensor(values, dtype=torch.float64)
-    kernels = GaussianKDE(values.numpy(), "silverman")
-    tail = 4 * values.std().item() * kernels.factor
-    grid = torch.linspace(values.min().item() - tail, values.max().item() + tail, 500)
-    heights = kernels.evaluate(grid.numpy())
+    kernels = GaussianKDE(values, "silverman")
+    tail = 4 * kernels.covariance.item() ** 0.5
+    grid = torch.linspace(min(values) - tail, max(values) + tail, 500)
+    heights = kernels.evaluate(grid)
     axis.plot(grid, heights / heights.max(), label=label)
     axis.set(ylabel="density (peak = 1)", ylim=(0, None))
 
@@ -917,10 +907,9 @@ def figure1(figure: Any, groups: list[Group]) -> None:
     for group in groups:
         logs = [data.read_lines(run.folder / "metrics.jsonl") for run in group.runs]
         curves = [[line["loss"] - line.get("amplification", 0.0) for line in log] for log in logs]
-        steps = min(map(len, curves))
-        loss = torch.tensor([curve[:steps] for curve in curves]).mean(0)
-        window = max(1, steps // 20)
-        epochs = torch.arange(window, steps + 1) / sum(line["epoch"] == 1 for line in logs[0])
+        loss = torch.tensor(list(zip(*curves))).mean(1)  # [steps of the shortest run]
+        window = max(1, len(loss) // 20)
+        epochs = torch.arange(window, len(loss) + 1) / sum(line["epoch"] == 1 for line in logs[0])
         axis.plot(epochs, loss.unfold(0, window, 1).mean(1), label=group.name)
     axis.set(xlabel="epoch", ylabel="loss of the objective alone (nats a pair)")
     axis.set_xticks(range(math.ceil(axis.get_xlim()[1])))
@@ -930,10 +919,9 @@ def figure1(figure: Any, groups: list[Group]) -> None:
 def figure2(figure: Any, groups: list[Group]) -> None:
     """Win rates by how batches are made."""
     axis = figure.subplots()
-    kinds = ["low", "random", "high"]
-    placed = [group._replace(place=kinds.index(group.settings["batching"])) for group in groups]
+    placed = [group._replace(place=list(BATCHES).index(group.settings["batching"])) for group in groups]
     draw_rates(axis, placed, {"batching"}, "how batches are made")
-    axis.set_xticks([0, 1, 2], ["Low-Var", "Rnd-Var", "High-Var"])
+    axis.set_xticks([0, 1, 2], BATCHES.values())
 
 
 def figure3(figure: Any, groups: list[Group]) -> None:
@@ -942,7 +930,7 @@ def figure3(figure: Any, groups: list[Group]) -> None:
     run = groups[0].runs[0]
     parts = partitions(run)
     for part in parts:
-        draw_density(axis, part.means, part.name)
+        draw_density(axis, part.means.tolist(), part.name)
     axis.set(xlabel=f"mean margin of a batch of {run.folder.name}, by its {parts[0].by} (nats)")
 
 
@@ -959,7 +947,7 @@ def figure4(figure: Any, groups: list[Group]) -> None:
             settings.update({name: amplified[0][name] for name in ("alpha", "median")})
         placed.append(group._replace(place=weight, settings=settings))
     draw_rates(right, placed, {"lambda_reg"}, "λ")
-    arms = alike([group for group in placed if group.margins], SEEDS | {"lambda_reg"})
+    arms = alike([group for group in placed if group.margins], {"lambda_reg"})
     if not arms:
         raise ValueError(NO_HELD_OUT)
     arm = sorted(max(arms, key=len), key=attrgetter("place"))
@@ -985,7 +973,7 @@ def figure5(figure: Any, groups: list[Group]) -> None:
 def margins_by_model(figure: Any, groups: list[Group]) -> None:
     """Margins of held-out pairs by each model of the first run."""
     run = groups[0].runs[0]
-    held_out = make_report(run, None)["held_out"]
+    held_out = make_report(run)["held_out"]
     if not held_out:
         raise ValueError(NO_HELD_OUT)
     axis = figure.subplots()
@@ -1004,7 +992,7 @@ def draw_figures(args: argparse.Namespace) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("figures need matplotlib: pip install matplotlib") from None
-    groups = read_groups(args.runs, lm.choose_device())
+    groups = read_groups(args.runs)
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00"]  # Okabe and Ito's
@@ -1054,27 +1042,23 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     one = command(judge_outputs, "judge", "How often a judge prefers the run's outputs.", example)
     add = one.add_argument
     add("run", metavar="RUN", help="a folder that train.py wrote")
-    by = one.add_mutually_exclusive_group(required=True)
-    by.add_argument(
-        "--url", help="an OpenAI-compatible endpoint; the key is the environment's OPENAI_API_KEY"
-    )
-    by.add_argument("--reward_model", metavar="FOLDER", help="a sequence classifier with one label")
-    by.add_argument("--run", dest="judge_run", metavar="RUN", help="the implicit reward of another run")
-    by.add_argument("--true_reward", action="store_true", help="the reward of the built-in task")
+    by = one.add_mutually_exclusive_group(required=True).add_argument
+    by("--url", help="an OpenAI-compatible endpoint; the key is the environment's OPENAI_API_KEY")
+    by("--reward_model", metavar="FOLDER", help="a sequence classifier with one label")
+    by("--run", dest="judge_run", metavar="RUN", help="the implicit reward of another run")
+    by("--true_reward", action="store_true", help="the reward of the built-in task")
     add("--judge_model", default="gpt-4o", help="the model behind --url (default: gpt-4o)")
     add("--judge_prompt", metavar="FILE", help="its prompt, as AlpacaEval writes them (default: our own)")
     add("--concurrency", type=int, default=5, help="requests at a time (default: 5)")
     add("--out", metavar="FOLDER", help="outputs and judgements (default: RUN/evaluation, read by report)")
 
-    one = command(
-        compare_margins, "margins", "Margins of models on pairs.", "runs/rmo gpt2 --pairs test.jsonl"
-    )
+    example = "runs/rmo gpt2 --pairs test.jsonl"
+    one = command(compare_margins, "margins", "Margins of models on pairs.", example)
     one.add_argument("models", nargs="+", metavar="MODEL", help="runs, model folders or hub ids")
     one.add_argument("--pairs", required=True, metavar="FILE", help="preferences, in any form of train.py's")
 
-    one = command(
-        draw_figures, "figures", "The paper's figures, as far as runs allow.", "runs/* --out figures"
-    )
+    example = "runs/* --out figures"
+    one = command(draw_figures, "figures", "The paper's figures, as far as runs allow.", example)
     one.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
     one.add_argument("--out", required=True, metavar="FOLDER", help="where to write")
     return parser.parse_args(words)

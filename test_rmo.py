@@ -2061,7 +2061,7 @@ def test_a_finished_run_is_used_as_it_is(whole_run, tmp_path, capsys, monkeypatc
     edited = out / "policy" / "generation_config.json"
     edited.write_text("{}")
     monkeypatch.setattr(train, "rmo", None)  # nothing is prepared or trained
-    monkeypatch.setattr(train.evaluate, "report_run", lambda folder, device: print("report of", folder))
+    monkeypatch.setattr(train.evaluate, "report_run", lambda folder: print("report of", folder))
     flags = flags_of()
     main(*flags, "--output_dir", out)
     text = capsys.readouterr().out
@@ -2351,7 +2351,7 @@ def test_flags_may_stand_in_a_file(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(train, "rmo", seen.append)
     monkeypatch.setattr(train, "report_speed", lambda s: None)
-    monkeypatch.setattr(train.evaluate, "report_run", lambda folder, device: None)
+    monkeypatch.setattr(train.evaluate, "report_run", lambda folder: None)
     (tmp_path / "a.json").write_text('{"lr": 1e-5, "batching": "low", "data": ["a.json", "b.json"]}')
     (tmp_path / "a.yaml").write_text("lr: 1e-5  # text to YAML 1.1\nbatching: low\ndata: [a.json, b.json]\n")
     (tmp_path / "b.yaml").write_text("learning_rate: 1\n")
@@ -2444,6 +2444,9 @@ def test_length_controlled_win_rate_where_a_fit_could_fail():
     assert lc([1.5] * 4, [1, 2, 3, 4], [2, 2, 2, 2]) == (50, 0)
     preferences = [2, 1, 2, 2, 1.7]
     assert lc(preferences, [7] * 5, [9] * 5) == pytest.approx(evaluate.win_rate(preferences), rel=1e-9)
+    # rows without a verdict have other lengths: that of the verdicts is still one
+    found = lc([2, 1, 2, 2, 1.7, 1.2, *[None] * 4], [100] * 7 + [107, 114, 121], [123] * 7 + [126, 129, 132])
+    assert found == pytest.approx(evaluate.win_rate([2, 1, 2, 2, 1.7, 1.2]), rel=1e-9)
     value, error = lc([2, 2, 2, 1, 1, 1], [9, 8, 7, 1, 2, 3], [3] * 6)  # length tells wins from losses
     assert 0 <= value <= 100 and math.isfinite(error)
     with pytest.raises(ValueError, match="of one length"):
@@ -2614,7 +2617,8 @@ def stub_answer(user: str) -> dict:
 
 @contextlib.contextmanager
 def endpoint(answer):
-    """A server on the loopback; answer(number of the request, body) -> (status, dict, or None to hang up)."""
+    """A server on the loopback; answer(number of the request, body) -> (status, dict, or None to hang up, or a
+    text that breaks off)."""
     seen = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -2622,7 +2626,12 @@ def endpoint(answer):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append({"path": self.path, "auth": self.headers.get("Authorization"), "body": body})
             status, value = answer(len(seen), body)
-            if value is not None:
+            if isinstance(value, str):
+                self.send_response(status)
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                self.wfile.write(b"20\r\n" + value.encode())  # of 32 bytes
+            elif value is not None:
                 text = json.dumps(value).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(text)))
@@ -2698,7 +2707,7 @@ def test_judge_equals_alpaca_evals_golden_files(runs, golden, no_waiting):
 
 
 def test_judge_survives_a_bad_endpoint_and_loses_nothing(runs, golden, no_waiting, capsys):
-    """Each request first meets a 500, a 429 or a broken connection; after 20 answers the key is refused."""
+    """Each request first meets an error or a broken connection; after 20 answers the key is refused."""
     folder, _ = golden
     tried, good = Counter(), [0]
 
@@ -2706,7 +2715,7 @@ def test_judge_survives_a_bad_endpoint_and_loses_nothing(runs, golden, no_waitin
         user = body["messages"][-1]["content"]
         tried[user] += 1
         if tried[user] == 1:
-            return [(500, {"error": "x"}), (429, {"error": "slow"}), (200, None)][number % 3]
+            return [(500, {"error": "x"}), (429, {"error": "slow"}), (200, None), (502, "half")][number % 4]
         good[0] += 1
         if good[0] > limit[0]:
             return 401, {"error": {"message": "Incorrect API key: stub-secret"}}
@@ -2819,6 +2828,8 @@ def test_a_text_cannot_forge_a_turn():
 def test_verdicts_are_parsed_as_in_alpaca_eval(choice, verdict):
     tops = [{"token": token, "logprob": value} for token, value in choice.items()]
     assert evaluate.read_verdict({"logprobs": {"content": [{"top_logprobs": tops}]}}) == verdict
+    none = {"message": {"content": "m"}, "logprobs": {"content": [{"top_logprobs": []}]}}
+    assert evaluate.read_verdict(none) == 1.0  # the hard label
 
 
 PAIR = ("You need hot water.", "I do not care.")  # baseline's and model's output
@@ -2841,9 +2852,9 @@ def test_judges_see_what_training_sees(runs, tmp_path, monkeypatch, prompt, chat
     seen = []
     monkeypatch.setattr(evaluate, "open_run", lambda name: run)
     scores = {label: torch.zeros(1) for label in run.models}
-    monkeypatch.setattr(evaluate, "margins_of", lambda run, pairs, device: seen.extend(pairs) or scores)
+    monkeypatch.setattr(evaluate, "margins_of", lambda run, pairs: seen.extend(pairs) or scores)
     args = evaluate.parse(["judge", "x", "--run", str(runs["a-0"])])
-    assert evaluate.model_preferences([Comparison(prompt, *PAIR)], args, CPU) == [1.5]
+    assert evaluate.model_preferences([Comparison(prompt, *PAIR)], args) == [1.5]
     assert seen[0][:3] == trained[:3]
 
 
@@ -2855,12 +2866,13 @@ def test_local_judges(runs, tmp_path, chatty):
     ]
     assert evaluate.true_preferences(items) == [1.0, 1.5]
     args = evaluate.parse(["judge", "x", "--run", str(runs["a-0"])])
-    found = evaluate.model_preferences([Comparison(TALK, *PAIR), Comparison(TALK, "", "a")], args, CPU)
+    found = evaluate.model_preferences([Comparison(TALK, *PAIR), Comparison(TALK, "", "a")], args)
     run = evaluate.open_run(runs["a-0"])
     pairs, _ = evaluate.tokenized([data.make_row(TALK, *PAIR[::-1], "x")], run)
     margins = [lm.score_pairs(lm.load_model(name), pairs)[0] for name in ("built-in", runs["a-0"] / "policy")]
     gain = (margins[1] - margins[0])[0] - (margins[1] - margins[0])[1]
     assert found == [2.0 if gain > 0 else 1.0, None]  # an empty output is no response: no verdict
+    assert evaluate.model_preferences([Comparison(TALK, "", "a")], args) == [None]
 
     from transformers import LlamaForSequenceClassification
 
@@ -2869,11 +2881,11 @@ def test_local_judges(runs, tmp_path, chatty):
     LlamaForSequenceClassification(config).save_pretrained(tmp_path / "rm")
     chatty[1].save_pretrained(tmp_path / "rm")
     args = evaluate.parse(["judge", "x", "--reward_model", str(tmp_path / "rm")])
-    both = evaluate.model_preferences([Comparison(TALK, *PAIR), Comparison(TALK, *PAIR[::-1])], args, CPU)
+    both = evaluate.model_preferences([Comparison(TALK, *PAIR), Comparison(TALK, *PAIR[::-1])], args)
     assert sorted(both) == [1.0, 2.0]
     args.reward_model = str(runs["a-0"] / "policy")
     with pytest.raises(ValueError, match="no sequence classifier"):
-        evaluate.model_preferences([Comparison(TALK, *PAIR)], args, CPU)
+        evaluate.model_preferences([Comparison(TALK, *PAIR)], args)
 
 
 def test_generate_and_judge_a_run(runs, capsys):
@@ -2891,7 +2903,7 @@ def test_generate_and_judge_a_run(runs, capsys):
     mine = [len(row["output"]) for row in outputs]
     assert judged(run / "evaluation")["length"][0] == pytest.approx(fmean(mine))
     capsys.readouterr()
-    evaluate.report_run(run, CPU)
+    evaluate.report_run(run)
     printed = capsys.readouterr().out
     assert (
         printed.count("| true reward ") == 3 and "| true reward, of outputs |" in printed
@@ -2976,8 +2988,8 @@ def test_alpaca_evals_rows_keep_their_keys(runs, tmp_path, capsys):
 
 def test_report_of_a_run(runs, capsys):
     """Margins against their definition, from scores of two plain rows a pair."""
-    evaluate.report_run(runs["a-0"], CPU)
-    report = evaluate.make_report(evaluate.open_run(runs["a-0"]), CPU)
+    evaluate.report_run(runs["a-0"])
+    report = evaluate.make_report(evaluate.open_run(runs["a-0"]))
     rows = {row.model: row for row in report["margins"]}
     assert list(rows) == ["base", "plain DPO", "RMO"]
     run = evaluate.open_run(runs["a-0"])
@@ -3001,17 +3013,17 @@ def test_report_of_a_run(runs, capsys):
     order = ["| model", "The filter kept", "| run", "wins: the share", "Next: python"]
     places = [next(i for i, line in enumerate(printed) if line.startswith(start)) for start in order]
     assert places == sorted(places)
-    evaluate.report_run(runs["plain"], CPU)
+    evaluate.report_run(runs["plain"])
     assert "There was no filter." in capsys.readouterr().out
 
 
 def test_a_report_is_printed_again_without_a_model(runs, monkeypatch, capsys):
-    evaluate.report_run(runs["a-0"], CPU)
+    evaluate.report_run(runs["a-0"])
     first = capsys.readouterr().out
     monkeypatch.setattr(lm, "load_model", lambda *args: pytest.fail("a model was loaded"))
     monkeypatch.setattr(data, "load_splits", lambda *args: pytest.fail("the data were read"))
     started = time.perf_counter()
-    evaluate.report_run(runs["a-0"], CPU)
+    evaluate.report_run(runs["a-0"])
     assert time.perf_counter() - started < 1
     assert capsys.readouterr().out == first
 
@@ -3020,7 +3032,7 @@ def test_a_report_is_printed_again_without_a_model(runs, monkeypatch, capsys):
     ("flags", "method"),
     [
         ({}, "RMO"),
-        (PLAIN, "plain"),
+        (PLAIN, ""),
         ({"filter_ratio": 0.0, "lambda_reg": 0.0}, "High-Var"),
         ({"batching": "low", "lambda_reg": 0.0, "tau": 1.0}, "Low-Var + Filter"),
         ({"batching": "random", "filter_ratio": 0.0}, "Reg"),
@@ -3057,13 +3069,13 @@ def test_report_over_runs(runs, tmp_path, capsys):
     assert call("report", tmp_path / "unfinished", runs["a-0"], runs["c"], runs["a-1"]) is None
     printed = capsys.readouterr().out
     assert f"left out: {tmp_path / 'unfinished'}: no finished run" in printed
-    first, second = evaluate.read_groups([runs["a-0"], runs["c"], runs["a-1"]], CPU)
+    first, second = evaluate.read_groups([runs["a-0"], runs["c"], runs["a-1"]])
     assert (first.name, second.name) == ("a (2 seeds)", "c")
-    reports = [evaluate.make_report(run, CPU) for run in first.runs]
+    reports = [evaluate.make_report(run) for run in first.runs]
     a, b = (report["margins"][-1].mean.value for report in reports)
     assert first.margins[0].mean == pytest.approx(((a + b) / 2, abs(a - b) / 2))
     a, b = (report["wins"][1].rate.value for report in reports)  # RMO against base
-    assert first.wins[0].rate == pytest.approx(((a + b) / 2, abs(a - b) / 2))
+    assert first.wins["true reward"].rate == pytest.approx(((a + b) / 2, abs(a - b) / 2))
     assert printed.count("| a (2 seeds)") == 2 and printed.count("a-1: The filter kept 36 of 40 pairs") == 1
     assert "none of these" in call("report", tmp_path / "unfinished", tmp_path)
 
@@ -3088,7 +3100,7 @@ def test_a_report_is_of_the_data_that_the_run_had(tmp_path):
     config = data.read_json(folder / "config.json")
     data.write_json(folder / "config.json", config | {"data": "0123456789abcdef"})
     with pytest.raises(ValueError, match="its data has changed"):
-        evaluate.report_run(folder, CPU)
+        evaluate.report_run(folder)
 
 
 def test_a_win_without_a_single_loss_is_said(runs, monkeypatch, capsys):
@@ -3096,8 +3108,8 @@ def test_a_win_without_a_single_loss_is_said(runs, monkeypatch, capsys):
         "RMO", "base", "judge", [Comparison("x", "a", "b"), Comparison("y", "a", "b")], [2, 2]
     )
     report = {"wins": [wins], "margins": [], "filter": []}
-    monkeypatch.setattr(evaluate, "make_report", lambda run, device: report)
-    evaluate.report_run(runs["a-0"], CPU)
+    monkeypatch.setattr(evaluate, "make_report", lambda run: report)
+    evaluate.report_run(runs["a-0"])
     assert (
         "RMO against base: RMO (100.0 ± 0.0 %, at equal lengths 100.0 ± 0.0 %; +inf"
         in capsys.readouterr().out
@@ -3114,9 +3126,9 @@ def test_a_report_of_an_earlier_training_is_not_believed(tmp_path, monkeypatch):
     data.write_json(folder / "report.json", report)
     judgements = {"a judge": {"training": run.training, "wins": wins}}
     data.write_json(folder / "evaluation" / "judgements.json", judgements)
-    assert len(evaluate.make_report(run, CPU)["wins"]) == 2
+    assert len(evaluate.make_report(run)["wins"]) == 2
     data.append_line(folder / "metrics.jsonl", {"step": 31})
-    found = evaluate.make_report(evaluate.open_run(folder), CPU)
+    found = evaluate.make_report(evaluate.open_run(folder))
     assert found["filter"] == ["There was no filter."] and "a judge" not in [
         row.judge for row in found["wins"]
     ]
@@ -3164,8 +3176,8 @@ def test_margins_of_any_models(runs, tmp_path, capsys):
 def test_numbers_in_tables():
     cases = {(64.84, 1.68): "64.8 ± 1.7", (1234.5, math.nan): "1,234.5", (0.0123, 0.004): "0.0123 ± 0.0040"}
     for value, wanted in cases.items():
-        assert evaluate.cell(evaluate.Estimate(*value)) == wanted
-    assert evaluate.cell(evaluate.Estimate(math.nan)) == "-"
+        assert str(evaluate.Estimate(*value)) == wanted
+    assert str(evaluate.Estimate(math.nan)) == "-"
 
 
 # ---------------------------------------------------------------------------------------------------- figures
@@ -3186,7 +3198,7 @@ def axes_of(name, folders, monkeypatch):
     from matplotlib.figure import Figure
 
     figure = Figure()
-    evaluate.FIGURES[name](figure, evaluate.read_groups(folders, CPU))
+    evaluate.FIGURES[name](figure, evaluate.read_groups(folders))
     return figure.axes
 
 
@@ -3207,7 +3219,7 @@ def test_figure_4_joins_only_runs_that_differ_in_lambda(runs, monkeypatch):
     assert [line.get_label() for line in left.lines] == ["λ = 1", "λ = 1.23"]
     assert "against base" in right.get_ylabel() and "true reward" in right.get_ylabel()
     assert any(set(line.get_ydata()) == {50} for line in right.lines)
-    bare = [group._replace(margins=[]) for group in evaluate.read_groups(folders, torch.device("cpu"))]
+    bare = [group._replace(margins=[]) for group in evaluate.read_groups(folders)]
     with pytest.raises(ValueError, match="needs held-out pairs"):
         evaluate.FIGURES["figure4"](matplotlib.figure.Figure(), bare)
 

@@ -686,7 +686,7 @@ def main() -> None:
         else:
             rmo(s)
             report_speed(s)
-        evaluate.report_run(s.folder, device)
+        evaluate.report_run(s.folder)
     except (ValueError, OSError, SafetensorError, yaml.YAMLError) as error:
         sys.exit(f"train.py: error: {error}")
     finally:
