@@ -264,6 +264,10 @@ def make_row(prompt: str | Messages, chosen: str, rejected: str, source: str) ->
 
 def _checked(prompt: str | Messages, chosen: str, rejected: str, source: str) -> Row:
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "source": source}
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise Unusable(f"text that is no Unicode ({error.reason}): half a character?") from None
     if not any(turn["content"].strip() for turn in as_messages(prompt) if turn["role"] != "system"):
         row["drop"] = "empty prompt"
     elif not chosen.strip() or not rejected.strip():
@@ -280,19 +284,19 @@ def _recognise(value: Any, place: str) -> Row:
     _refuse_meaningful(value)
     if value.get("chosen") is None or value.get("rejected") is None:
         raise Unusable("no preference pair")
-    prompt = _prompt(value)
+    given = _prompt(value)
     sides = [text_or_messages(value[key], key) for key in ("chosen", "rejected")]
-    repeated = False
-    if any(isinstance(given, list) for given in (prompt, *sides)):
-        (prompt, chosen), (other_prompt, rejected) = [_split_messages(prompt, side) for side in sides]
+    if any(isinstance(part, list) for part in (given, *sides)):
+        split = [_split_messages(given, side) for side in sides]
     else:
-        given = prompt
-        (prompt, chosen), (other_prompt, rejected) = _split_texts(prompt, sides)
-        repeated = bool(given) and not is_transcript(prompt) and [chosen, rejected] != sides
-    goes_on = is_transcript(prompt) and (HUMAN in chosen or HUMAN in rejected)
+        split = _split_texts(given, sides)
+    (prompt, chosen), (other_prompt, rejected) = split
+    transcript = is_transcript(prompt)
+    repeated = given and isinstance(prompt, str) and not transcript and [chosen, rejected] != sides
+    goes_on = transcript and (HUMAN in chosen or HUMAN in rejected)
     systems = [key for key in SYSTEMS if key in value]
     if systems:  # also an empty one makes messages of a text: one file is rendered in one way
-        if is_transcript(prompt):  # the space before a response belongs to plain text
+        if transcript:  # the space before a response belongs to plain text
             chosen, rejected = chosen.strip(), rejected.strip()
         texts = [value[key] for key in systems if value[key]]
         if len(texts) > 1:
@@ -307,10 +311,6 @@ def _recognise(value: Any, place: str) -> Row:
         row["drop"] = "prompts differ"
     elif goes_on:
         row["drop"] = "a response that goes on with the human's turn"
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise Unusable(f"text that is no Unicode ({error.reason}): half a character?") from None
     return row
 
 
@@ -323,7 +323,7 @@ def _refuse_meaningful(value: dict[str, Any]) -> None:
 def _prompt(value: dict[str, Any]) -> str | Messages | None:
     """What stands before the responses as the file has it; None: nothing does."""
     given = {key: value[key] for key in PROMPTS if value.get(key)}
-    if "instruction" in given and isinstance(given.get("input"), str):
+    if isinstance(given.get("instruction"), str) and isinstance(given.get("input"), str):
         given["instruction"] = f"{given['instruction']}\n{given.pop('input')}"
     if given.get("messages") in (value["chosen"], value["rejected"]):
         del given["messages"]  # ultrafeedback_binarized has chosen in it again
@@ -352,11 +352,15 @@ def _message(value: Any) -> dict[str, str]:
     lost = [key for key in fields if fields[key] and key not in HARMLESS]
     if lost:
         raise Unusable(f"a message has {', '.join(lost)}, which would be lost")
-    role = fields.get("role", fields.get("from"))
-    content = fields.get("content", fields.get("value"))
+    role = fields.get("role") or fields.get("from")
+    content = fields.get("content")
+    if content is None:
+        content = fields.get("value")
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+        parts = [part if isinstance(part, dict) else {"text": part} for part in content]
+        texts = [part.get("text") for part in parts if part.get("type", "text") == "text"]
+        only_texts = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+        content = "".join(texts) if only_texts else None
     if not isinstance(role, str) or not isinstance(content, str):
         raise Unusable(f"a message must be {{role: text, content: text}}, not {value!r:.60}")
     role = ROLES.get(role.lower(), role.lower())
@@ -408,9 +412,8 @@ def _join(prompt: Messages, turns: Messages) -> Messages:
 
 def is_transcript(prompt: str | Messages) -> bool:
     """Whether a prompt is one of Anthropic HH's: \\n\\nHuman: ... \\n\\nAssistant:, stripped or not."""
-    if not isinstance(prompt, str):
-        return False
-    return prompt.strip().startswith(HUMAN.strip()) and prompt.rstrip().endswith(ASSISTANT)
+    text = prompt.strip() if isinstance(prompt, str) else ""
+    return text.startswith(HUMAN.strip()) and text.endswith(ASSISTANT)
 
 
 def as_messages(prompt: str | Messages) -> Messages:
@@ -470,8 +473,7 @@ def tokenize_preferences(
     dropped = defaultdict(list)  # places of rows by the reason
     for row in rows:
         try:
-            templated, texts = _render(row, tokenizer, chat, marks)
-            rendered.append((row, templated, texts))
+            rendered.append((row, *_render(row, tokenizer, chat, marks)))
         except Unusable as error:
             kind, _, detail = str(error).partition(": ")
             dropped[kind].append(f"{row['source']}: {detail}".removesuffix(": "))
@@ -483,7 +485,11 @@ def tokenize_preferences(
         notes["with the prompt taken off the responses, which began with it"] += "repeated" in row
         if templated:
             contents = [message["content"].strip() for message in as_messages(row["prompt"])]
-            changed = any(content not in texts[0] for content in contents)
+            left = texts[0]
+            changed = False
+            for content in sorted(contents, key=len, reverse=True):  # a short one may stand in a long one
+                changed = changed or content not in left
+                left = left.replace(content, "", 1)
             notes["with a message that the chat template leaves out or changes"] += changed
         else:
             unused = bool(tokenizer.chat_template) and chat == "auto"
@@ -502,7 +508,9 @@ def tokenize_preferences(
 
         longest = max(len(response) for response in responses)
         budget = max_prompt_length or max(max_length - longest, max_length // 2)
-        kept = _without_beginning(prompt, budget, tokenizer.bos_token_id)
+        kept = prompt[-budget:]
+        if budget > 1 and prompt[:1] == [tokenizer.bos_token_id]:
+            kept[0] = prompt[0]  # a cut prompt keeps its BOS
         room = max_length - len(kept)
         notes["with the prompt truncated"] += len(kept) < len(prompt)
         notes["with a response truncated"] += longest > room
@@ -641,14 +649,6 @@ def _one_end(response: list[int], templated: bool, end: int, eos: int) -> list[i
     if response[-1:] in ([end], [eos]):
         return response
     return [*response, end if templated else eos]
-
-
-def _without_beginning(prompt: list[int], most: int, bos: int | None) -> list[int]:
-    """At most so many tokens of a prompt: its last ones, and its BOS if there is room for both."""
-    if len(prompt) <= most:
-        return prompt
-    kept_bos = [bos] if prompt[0] == bos and most > 1 else []
-    return kept_bos + prompt[len(prompt) - most + len(kept_bos) :]
 
 
 def _special_tokens(tokenizer: Any) -> dict[int, str]:

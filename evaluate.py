@@ -228,8 +228,13 @@ def write_outputs(args: argparse.Namespace) -> None:
         ids, counts = data.tokenize_prompts(prompts, tokenizer, room, chat_of(run, tokenizer))
         outputs = []
         for (text, row), output in zip(rows.items(), generate(model, tokenizer, ids, how)):
-            prompt = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"])
-            row = {**row, "instruction": text, "prompt": prompt, "output": output.strip()}
+            prompt = row["prompt"]
+            if isinstance(prompt, str):
+                output = output.rstrip()  # in plain text, a space before it belongs to it
+            else:
+                output = output.strip()
+                prompt = json.dumps(prompt)
+            row = {**row, "instruction": text, "prompt": prompt, "output": output}
             outputs.append({**row, "generator": f"{label} of {run.folder.name}", "training": run.training})
         data.write_json(folder / name, outputs)
         print(f"{folder / name}: prompts: {data.describe(counts)}")

@@ -54,6 +54,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -970,6 +972,8 @@ def whole(turns):
         ({"system": "Be a pirate.", "input": "Tea?", **TEXTS}, PIRATE),
         ({"prompt": [{**ASK[0], "tool_calls": None, "name": "Ann", "weight": 1}], **LONE}, ASK),
         ({"prompt": [user([{"type": "text", "text": "Te"}, {"type": "text", "text": "a?"}])], **LONE}, ASK),
+        # parquet fills what a form lacks with nulls
+        ({"prompt": [{"role": None, "content": None, "from": "human", "value": "Tea?"}], **LONE}, ASK),
         ({"prompt": [{"role": "Human", "content": "Tea?"}], "chosen": {"role": "model", "content": H}, "rejected": {"role": "Assistant", "content": N}}, ASK),
         ({"prompt": "Tea?", **TEXTS, "tools": "[]", "images": None, "history": [], "score_chosen": 8.5, "id": "x"}, "Tea?"),
         ({"system_prompt": "Be a pirate.", "prompt": "Tea?", **TEXTS}, PIRATE),  # OpenOrca
@@ -996,6 +1000,8 @@ def test_every_form_becomes_one_row(row, prompt, tmp_path):
         # The prompt's turns are there, but not one behind the other; or more than the response answers
         ({"prompt": [LATER[0], LATER[2]], **whole(LATER)}, "of no known form"),
         ({"prompt": LATER, **whole(LATER[:1])}, "of no known form"),
+        ({"prompt": [user([{"type": "image_url", "text": ""}])], **LONE}, "of no known form"),
+        ({"instruction": ASK, "input": "Tea?", **TEXTS}, "of no known form"),
         ({"system": "Be a pirate.", "system_prompt": "Be kind.", "prompt": "Tea?", **TEXTS}, "of no known form"),
         ({"prompt": [user(" ")], **LONE}, "empty prompt"),
         ({"system": "Be a pirate.", "prompt": "", **TEXTS}, "empty prompt"),
@@ -1408,7 +1414,7 @@ def test_nobody_can_write_a_turn_mark(chatml, tmp_path):
     assert "rows.jsonl:1: <|im_end|>" in data.describe(counts)
     think, no_think = chatml.convert_tokens_to_ids(["<think>", "</think>"])
     assert think in pair.prompt and no_think in pair.chosen
-    with pytest.raises(ValueError, match="1 prompts cannot.*turn mark.*hi<|im_end|>"):
+    with pytest.raises(ValueError, match=r"no pair is left .*turn mark.*hi<\|im_end\|>"):
         data.tokenize_prompts([[user(attack)]], chatml, None)
     letters = chat_tokenizer(CHATML, ["<|im_end|>"])  # here <|im_start|> is letters
     assert len(pairs_of([chat("<|im_start|>", "a", "b")], letters, tmp_path)[0]) == 1
@@ -1459,6 +1465,9 @@ def test_a_conversation_that_the_template_refuses_is_dropped_and_counted(tmp_pat
     )
     pairs, counts = pairs_of([whole(ASK), whole(PIRATE)], ignores, tmp_path)
     assert len(pairs) == 2 and counts["with a message that the chat template leaves out or changes"] == 1
+    within = whole([{"role": "system", "content": "Tea"}, *ASK])  # its text stands in the user's too
+    _, counts = pairs_of([whole(ASK), within], ignores, tmp_path)
+    assert counts["with a message that the chat template leaves out or changes"] == 1
     with pytest.raises(ValueError, match="no pair is left.*System role not supported.*--chat_template"):
         pairs_of([whole(PIRATE)], tokenizer, tmp_path)
 
@@ -2019,6 +2028,17 @@ def test_every_objective_trains_with_everything_on(objective, tmp_path):
     assert all(math.isfinite(value) for line in lines for value in line.values())
 
 
+def test_a_mixture_whose_router_has_noise_in_training_mode_is_trained_without(tmp_path):
+    """The first DPO loss is ln 2 only if policy and reference compute the same."""
+    sizes = {**TINY, "vocab_size": lm.BUILTIN_VOCABULARY, "num_key_value_heads": 2, "eos_token_id": 0}
+    config = MixtralConfig(**sizes, num_local_experts=2, router_jitter_noise=0.1)
+    tokenizer = lm.builtin_tokenizer(data.builtin_texts())
+    lm.save_model(MixtralForCausalLM(config), tokenizer, tmp_path / "mixture")
+    settings = {"data": [builtin_file(tmp_path / "pairs.jsonl", 16)], "limit": None, "sft_epochs": 0, **PLAIN}
+    [line] = metrics(run(tmp_path / "run", model=str(tmp_path / "mixture"), **settings))
+    assert line["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_lora_serves_every_stage_and_is_merged(tmp_path, capsys):
     folder = run(tmp_path / "run", lora_rank=4, gradient_checkpointing=True, sft_lr=1e-2)
     start_of_all = {name: weight for name, weight in lm.builtin_model(0).named_parameters()}
@@ -2365,6 +2385,8 @@ def test_flags_may_stand_in_a_file(tmp_path, monkeypatch):
         main(tmp_path / "c.yaml")
     with pytest.raises(SystemExit, match="stands alone"):
         main(tmp_path / "a.yaml", "--seed", 1)
+    main("--data=a.json")
+    assert seen[-1].data == ["a.json"]
 
 
 def test_lines_of_steps_after_the_checkpoint_are_written_again(whole_run, tmp_path):
@@ -2966,6 +2988,19 @@ def test_outputs_of_an_earlier_training_are_not_judged(tmp_path):
     assert call("judge", run, "--true_reward") is None
     data.write_json(run / "evaluation" / "model_outputs.json", [{**rows[0], "training": "0"}])
     assert "outputs of an earlier training" in call("judge", run, "--true_reward")
+
+
+def test_the_space_before_an_output_is_kept_in_plain_text(runs, tmp_path, monkeypatch):
+    """Judges join it to its prompt, as training does."""
+    monkeypatch.setattr(evaluate, "generate", lambda model, tokenizer, ids, how: [" blue. "] * len(ids))
+    rows = [{"instruction": "a", "prompt": "The sky is"}, {"instruction": "b"}]
+    data.write_json(tmp_path / "set.json", rows)
+    words = ["generate", runs["c"], "--instructions", tmp_path / "set.json", "--out", tmp_path]
+    assert call(*words) is None
+    outputs = data.read_json(tmp_path / "model_outputs.json")
+    assert [row["output"] for row in outputs] == [" blue.", "blue."]
+    data.write_json(tmp_path / "set.json", [{"instruction": "half \ud83d a character"}])
+    assert "no Unicode" in call(*words)
 
 
 def test_alpaca_evals_rows_keep_their_keys(runs, tmp_path, capsys):

@@ -29,6 +29,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,7 +132,7 @@ def rmo(s: "Settings") -> Path:
 
     report_constants(s, constants, len(pairs))
     policy = fit("policy", s, base, tokenizer, pairs, loss_of=rmo_loss, batches_of=rmo_batches)
-    on_rank_0((s.folder / "checkpoint.safetensors").unlink, missing_ok=True)
+    on_rank_0(s.checkpoint.unlink, missing_ok=True)
     return policy
 
 
@@ -198,14 +199,13 @@ def fit(
     if s.lora_rank:
         lm.add_lora(model, s.lora_rank, s.seed)
     if s.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    model.train()  # dropout is off all the same; gradient checkpointing wants it
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train(s.gradient_checkpointing)  # which wants it; else off: some mixtures' routers then add noise
     one_row = lm.takes_one_row(model, pairs)
     frozen = lm.freeze_unreached(model, pairs)
     if frozen:
         say(f"{stage}: {frozen:,} weights that text does not reach stay as they are")
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = AdamW(weights, lr=lr, weight_decay=0.0, fused=True)
+    optimizer = AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     first, batches = load_checkpoint(s, stage, model, optimizer)
     if stage == "policy":  # lines of later steps are written again
@@ -248,7 +248,7 @@ def fit(
                 sums[name] = sums.get(name, 0) + values.detach().double().sum() * share
 
         # Clipping
-        norm = nn.utils.clip_grad_norm_(weights, s.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
 
         # Reduction of all that is logged, in one transfer
         sums["grad_norm"] = norm.double() / world
@@ -444,6 +444,7 @@ class Settings:
         if self.proxy and not self.needs_proxy:
             raise ValueError("--proxy: nothing here uses a proxy's margins: leave it out")
         self.folder = Path(self.output_dir)
+        self.checkpoint = self.folder / "checkpoint.safetensors"
 
 
 # ---------------------------------------------------------------------------------------------- run folder
@@ -509,7 +510,7 @@ def is_finished(s: Settings) -> bool:
         if theirs != value and key not in free:
             other = f"{s.folder} holds a run with --{key} {theirs}, not {value}"
             raise ValueError(f"{other}: choose another --output_dir")
-    return (s.folder / "policy").is_dir() and not (s.folder / "checkpoint.safetensors").exists()
+    return (s.folder / "policy").is_dir() and not s.checkpoint.exists()
 
 
 def open_run(s: Settings, fingerprint: str) -> None:
@@ -553,40 +554,36 @@ def save_checkpoint(
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             state[f"weight {name}"] = weight.detach()
-    for number, moments in optimizer.state_dict()["state"].items():
-        for name, moment in moments.items():
-            state[f"optimizer {number} {name}"] = moment
+            for moment, value in optimizer.state[weight].items():  # step, exp_avg, exp_avg_sq
+                state[f"{moment} {name}"] = value
     about = {"stage": stage, "step": str(step)}
 
     def write() -> None:
         with (s.folder / "metrics.jsonl").open("a") as log:
             os.fsync(log.fileno())  # the lines of these steps reach the disk first
-        path = s.folder / "checkpoint.safetensors"
-        data.write_whole(path, lambda unfinished: save_file(state, unfinished, about))
+        data.write_whole(s.checkpoint, lambda unfinished: save_file(state, unfinished, about))
 
     on_rank_0(write)
 
 
 def load_checkpoint(s: Settings, stage: str, model: nn.Module, optimizer: AdamW) -> tuple[int, Tensor | None]:
     """Put back what save_checkpoint wrote of this stage, if it did: the steps done, the epoch's batches."""
-    step = 0
-    batches = None
-    moments = {}
-    path = s.folder / "checkpoint.safetensors"
-    if path.is_file():
-        with safe_open(path, "pt") as file:  # reads tensor by tensor
-            if file.metadata()["stage"] == stage:
-                step = int(file.metadata()["step"])
-                batches = file.get_tensor("batches")
-                for key in file.keys():
-                    kind, *name = key.split(" ")
-                    if kind == "weight":
-                        model.get_parameter(name[0]).data.copy_(file.get_tensor(key))
-                    if kind == "optimizer":
-                        moments.setdefault(int(name[0]), {})[name[1]] = file.get_tensor(key)
-                optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-                say(f"{stage}: going on from step {step}")
-    return step, batches
+    if not s.checkpoint.is_file():
+        return 0, None
+    with safe_open(s.checkpoint, "pt") as file:  # reads tensor by tensor
+        about = file.metadata()
+        if about["stage"] != stage:
+            return 0, None
+        for key in file.keys():
+            if key != "batches":
+                kind, name = key.split(" ")
+                weight = model.get_parameter(name)
+                if kind == "weight":
+                    weight.data.copy_(file.get_tensor(key))
+                else:
+                    optimizer.state[weight][kind] = file.get_tensor(key).to(weight.device, copy=True)
+        say(f"{stage}: going on from step {about['step']}")
+        return int(about["step"]), file.get_tensor("batches")
 
 
 def report_filter(s: Settings, pairs: list[Pair], kept: Tensor, step1: Tensor, constants: Constants) -> None:
@@ -674,24 +671,24 @@ def main() -> None:
     device = lm.choose_device()
     try:
         words = sys.argv[1:]
-        if words and words[0].endswith((".json", ".yaml", ".yml")):
+        if words and not words[0].startswith("-") and words[0].endswith((".json", ".yaml", ".yml")):
             if len(words) > 1:
                 raise ValueError(f"{words[0]} stands alone: write the other flags into it")
             words = words_of(Path(words[0]))
         (s,) = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
         if "LOCAL_RANK" in os.environ:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=2))  # a large model takes long to write
         if is_finished(s):
             say(f"{s.output_dir} is finished: nothing is trained")
         else:
             rmo(s)
             report_speed(s)
         evaluate.report_run(s.folder)
+        if dist.is_initialized():  # not after an error: it would wait for the other ranks
+            dist.destroy_process_group()
     except (ValueError, OSError, SafetensorError, yaml.YAMLError) as error:
         sys.exit(f"train.py: error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def words_of(path: Path) -> list[str]:
