@@ -83,6 +83,7 @@ def seeded(seed=0):
 # ---------------------------------------------------------------------------------------- loss: Eq. 4, 14, 15
 
 
+RATIO = 1 + math.e + math.e**2
 # chosen -1, rejected -3, their references -2 and -2.5: log-ratios +1 and -0.5, so h = 1.5 before beta
 LOGPS = tuple(tensor([x], dtype=torch.float64, requires_grad=True) for x in (-1.0, -3.0, -2.0, -2.5))
 
@@ -101,10 +102,12 @@ def loss_of(name, scores, reference, **settings):
     "name, beta, value, slope",  # slope: d loss / d chosen
     [
         ("dpo", 0.1, math.log(1 + math.exp(-0.15)), -0.1 * sigmoid(-0.15)),
-        ("ipo", 0.5, (1.5 - 1) ** 2, 2 * 0.5),
+        ("ipo", 0.25, (1.5 - 2) ** 2, 2 * -0.5),
         ("simpo", 2.0, math.log(1 + math.exp(-(2 * 2 - 1))), -2 * sigmoid(-3)),
         ("slic", 0.1, 1 - 0.15, -0.1),
         ("slic", 2.0, 0.0, 0.0),
+        # odds of 1/e and 1/e^3: 1 / (e - 1) and 1 / (e^3 - 1), of ratio 1 + e + e^2
+        ("orpo", 0.5, 1 + 0.5 * math.log(1 + 1 / RATIO), -1 - 0.5 / (1 + RATIO) / (1 - 1 / math.e)),
     ],
 )
 def test_objectives_by_hand(name, beta, value, slope):
@@ -113,11 +116,34 @@ def test_objectives_by_hand(name, beta, value, slope):
     assert torch.autograd.grad(losses.sum(), LOGPS[0])[0].item() == pytest.approx(slope, rel=1e-9)
 
 
+def test_label_smoothing_and_simpo_gamma_reach_the_loss():
+    smooth = loss_of("dpo", LOGPS[:2], LOGPS[2:], beta=0.1, label_smoothing=0.2).item()
+    assert smooth == pytest.approx(-0.8 * math.log(sigmoid(0.15)) - 0.2 * math.log(sigmoid(-0.15)))
+    simpo = loss_of("simpo", LOGPS[:2], LOGPS[2:], beta=2.0, simpo_gamma=0.5).item()
+    assert simpo == pytest.approx(-math.log(sigmoid(2 * 2 - 0.5)))
+
+
+@pytest.mark.parametrize("objective", ["dpo", "ipo", "simpo", "orpo", "slic"])
+def test_logged_rewards_and_log_probabilities_by_hand(objective):
+    """Chosen -1 and -1, rejected -3 and -0.5; references -2 and -2, -2.5 and -2.5."""
+    scores, reference = tensor([[-1.0, -3.0], [-1.0, -0.5]]), tensor([[-2.0, -2.5], [-2.0, -2.5]])
+    logged = train.objective(train.Settings(objective=objective, beta=0.5), scores, reference)
+    free = objective in ("simpo", "orpo")
+    assert logged["reward_chosen"].tolist() == ([-0.5, -0.5] if free else [0.5, 0.5])
+    assert logged["reward_rejected"].tolist() == ([-1.5, -0.25] if free else [-0.25, 1.0])
+    assert logged["reward_accuracy"].tolist() == [True, False]
+    assert (logged["logps_chosen"].tolist(), logged["logps_rejected"].tolist()) == ([-1, -1], [-3, -0.5])
+    assert (logged["margin_mean"].tolist(), logged["margin_square"].tolist()) == ([2, -0.5], [4, 0.25])
+
+
 def test_orpo_by_hand():
     # p = 1/2 has odds 1, p = 1/5 odds 1/4: log odds ratio ln 4, and sigmoid(ln 4) = 4/5
     chosen, rejected = tensor([math.log(0.5)], requires_grad=True), tensor([math.log(0.2)])
     losses = loss.orpo_loss(chosen, rejected, beta=0.1)
     assert losses.item() == pytest.approx(math.log(2) - 0.1 * math.log(0.8), rel=1e-6)
+    # odds 99 and 1/4
+    likely = loss.orpo_loss(tensor([math.log(0.99)]), rejected, beta=0.1).item()
+    assert likely == pytest.approx(-math.log(0.99) - 0.1 * math.log(396 / 397), rel=1e-4)
     # d log odds(p) / d log p = 1 / (1 - p) = 2
     assert torch.autograd.grad(losses, chosen)[0].item() == pytest.approx(-1 - 0.1 * 0.2 * 2, rel=1e-6)
 
@@ -271,6 +297,18 @@ def test_tau_for_ratio_gives_the_ratio(ratio, gamma):
     assert kept.tolist() == sorted(set(kept.tolist())) and not step1[kept].any()
 
 
+def test_tau_for_ratio_at_its_ends():
+    """Ratio 0 keeps margins of 0 too; and nearly all may go, also where all margins are negative."""
+    zero, proxy = torch.zeros(1000), -torch.arange(1000.0)
+    for gamma in (1.0, 1000.0):
+        tau = filtering.tau_for_ratio(zero, zero, 0.0, gamma)
+        assert filtering.retention_probability(zero, tau, gamma).min() == 1
+        tau = filtering.tau_for_ratio(zero, proxy, 0.999, gamma)
+        assert filtering.retention_probability(proxy, tau, gamma).sum().item() == pytest.approx(1, rel=1e-6)
+    base, falls = -torch.ones(100), tensor([-2.0] * 29 + [5.0] * 71)
+    assert filtering.tau_for_ratio(base, falls, 0.29) < 0  # what step 1 removes, though 0.29 * 100 < 29
+
+
 def test_filter_refuses_what_cannot_be():
     base, proxy = -torch.ones(10), tensor([-2.0] * 4 + [5.0] * 6)
     with pytest.raises(ValueError, match="40.00%.*6.00%"):
@@ -278,13 +316,17 @@ def test_filter_refuses_what_cannot_be():
     for wrong in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match="ratio"):
             filtering.tau_for_ratio(base, proxy, wrong)
-    for tau, gamma in [(1.0, -1.0), (math.nan, 1.0), (1.0, math.inf)]:
+    for tau, gamma in [(1.0, -1.0), (1.0, 0.0), (math.nan, 1.0), (1.0, math.inf)]:
         with pytest.raises(ValueError, match="gamma"):
             filtering.retention_probability(proxy, tau, gamma)
     with pytest.raises(ValueError, match="finite"):
         filtering.margin_decrease(base, proxy * math.nan)
     with pytest.raises(ValueError, match=r"\[10\] and \[9\]"):
         filtering.margin_decrease(base, proxy[1:])
+    with pytest.raises(ValueError, match=r"\[5, 2\] and \[5, 2\]"):  # scores for margins
+        filtering.margin_decrease(base.view(5, 2), proxy.view(5, 2))
+    with pytest.raises(ValueError, match="of 0"):
+        filtering.tau_for_ratio(base[:0], proxy[:0], 0.5)
 
 
 def test_filter_draw_depends_on_the_seed_alone_and_equal_margins_are_no_special_case():
@@ -307,6 +349,8 @@ def test_filter_draw_depends_on_the_seed_alone_and_equal_margins_are_no_special_
 def test_bound_identity_and_stratified_start_by_hand():
     margins = tensor([5.0, 1.0, 4.0, 2.0, 3.0, 6.0])
     assert batching.stratified_batches(margins, 3).tolist() == [[1, 4, 0], [3, 2, 5]]  # ranks 1 3 5 and 2 4 6
+    spaced = batching.stratified_batches(torch.arange(8.0), 3)  # without 3 and 7
+    assert spaced.tolist() == [[0, 2, 5], [1, 4, 6]]
     batches = tensor([[0, 1], [2, 3], [4, 5]])
     by_hand = 4.0 + 1.0 + 2.25
     assert batching.total_variance(margins, batches).item() == pytest.approx(by_hand)
@@ -359,6 +403,13 @@ def test_every_partition_is_one(margins, m, kind):
         [torch.bincount(make(margins, m, seeded(s)).flatten(), minlength=len(margins)) for s in range(12)]
     ).sum(0)
     assert len(margins) % m == 0 or (seats > 0).all()  # the remainder that sits out is another each time
+
+
+def test_batches_come_in_random_order():
+    """Else Low-Var's would go from the smallest margins to the largest. Equal margins are never swapped."""
+    for kind, margins in ("low", torch.arange(40.0)), ("high", torch.zeros(40)):
+        one, other = (train.PARTITIONS[kind](margins, 4, seeded(s)).tolist() for s in (0, 1))
+        assert sorted(one) == sorted(other) and one != sorted(one) and one != other
 
 
 def test_batching_refuses_what_cannot_be():
@@ -632,8 +683,9 @@ def test_models_that_take_no_single_row_are_found_out():
 
 
 def test_a_window_is_found_out_by_the_longest_plain_row():
-    model = tiny("mistral")  # window 4: the first pair has the longer row, the second the longer plain row
-    pairs = [data.Pair([1], [2, 3, 4], [5, 6, 7], "a", {}), data.Pair([1], [2, 3, 4, 5], [6], "b", {})]
+    model = tiny("mistral")  # window 4: the first pair has the longer row, the second the longer plain row,
+    # of whose 6 tokens the fifth no longer sees the first
+    pairs = [data.Pair([1], [2, 3, 4], [5, 6, 7, 8], "a", {}), data.Pair([1], [2, 3, 4, 5, 6], [7], "b", {})]
     assert torch.allclose(lm.score_pairs(model, pairs).double(), naive_scores(model, pairs), rtol=1e-4)
 
 
@@ -644,7 +696,7 @@ def test_responses_that_begin_alike_find_out_a_model_that_looks_across():
         def forward(self, input_ids, **inputs):
             before = input_ids.roll(1, dims=1)
             before[:, 0] = 0
-            embeddings = self.model.embed_tokens(input_ids) + self.model.embed_tokens(before)
+            embeddings = self.model.embed_tokens(input_ids) + 0.01 * self.model.embed_tokens(before)
             return super().forward(inputs_embeds=embeddings, **inputs)
 
     torch.manual_seed(0)
@@ -652,7 +704,9 @@ def test_responses_that_begin_alike_find_out_a_model_that_looks_across():
     for weight in model.parameters():
         if weight.dim() > 1:
             weight.data.normal_(0, 0.2, generator=seeded())
-    assert not lm.takes_one_row(model, some_pairs(20))
+    # The longest and the shortest have no second token in rejected, which alone would look across.
+    sides = ([2, 3, 4, 5], [6]), ([2], [3]), ([2, 3], [2, 4])
+    assert not lm.takes_one_row(model, [data.Pair([1], *side, "", {}) for side in sides])
 
 
 def test_scores_do_not_depend_on_padding_other_rows_or_micro_batches():
@@ -696,7 +750,7 @@ def test_fast_products_give_the_plain_scores():
 
 def test_scores_that_are_missing_or_not_finite_are_refused(monkeypatch):
     model, pairs = tiny("llama"), some_pairs(3)
-    pairs[1] = pairs[1]._replace(prompt=[1], source="a.jsonl:2")  # a token that the others do not have
+    pairs[1] = pairs[1]._replace(rejected=[3, 1, 3], source="a.jsonl:2")  # token 1: nobody else's
     model.model.embed_tokens.weight.data[1] = math.nan
     with pytest.raises(ValueError, match="1 of 3 pairs have no finite log-probability: a.jsonl:2"):
         lm.score_pairs(model, pairs)
@@ -717,13 +771,23 @@ def test_pairs_that_the_model_cannot_take_are_refused():
     model, pairs = tiny("gpt2"), some_pairs(3)
     lm.check_pairs(model, pairs)
     most = len(model.transformer.wpe.weight)
+    full = data.Pair([3], [4] * (most - 1), [5] * (most - 1), "", {})  # a longer row, but no longer text
+    lm.check_pairs(model, [*pairs, full])
     long = data.Pair([3] * most, [4], [5], "held.jsonl:9", {})
     error = f"held.jsonl:9: {most + 1} tokens, the model has {most} positions: --max_length {most}"
     with pytest.raises(ValueError, match=error):
-        lm.check_pairs(model, [*pairs, long])
-    strange = data.Pair([3], [64], [5], "a", {})
-    with pytest.raises(ValueError, match="embedding has 64 rows, none for the tokenizer's token 64"):
-        lm.check_pairs(model, [*pairs, strange])
+        lm.check_pairs(model, [*pairs, full, long])
+    for strange in ([64], [3], [4]), ([3], [64], [4]), ([3], [4], [64]):
+        with pytest.raises(ValueError, match="embedding has 64 rows, none for the tokenizer's token 64"):
+            lm.check_pairs(model, [*pairs, data.Pair(*strange, "a", {})])
+
+
+def test_a_row_may_be_longer_than_the_models_positions():
+    model = GPT2LMHeadModel(GPT2Config(**GPT2, **NO_DROPOUT, n_positions=8)).eval()
+    pairs = [data.Pair([2], [3] * 7, [4] * 7, "", {}), data.Pair([5], [6], [7], "", {})]  # rows of 15 and 3
+    lm.check_pairs(model, pairs)
+    assert lm.takes_one_row(model, pairs)
+    assert torch.allclose(lm.score_pairs(model, pairs).double(), naive_scores(model, pairs), rtol=1e-4)
 
 
 def test_weights_that_text_never_reaches_are_not_trained():
@@ -733,6 +797,7 @@ def test_weights_that_text_never_reaches_are_not_trained():
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert not any("vision" in name for name in trained) and "model.norm.weight" in trained
     assert all(weight.grad is None for weight in model.parameters())
+    assert lm.freeze_unreached(model, some_pairs(3)) == 0  # frozen already
 
 
 def test_a_saved_model_stops_where_training_supervised_the_end(tmp_path):
@@ -792,7 +857,11 @@ def test_lora_starts_as_nothing_and_merges_into_the_same_function():
     linear = sum(
         m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and "embed" not in n
     )
+    other = tiny("gpt_neox")
+    lm.add_lora(other, rank=3, seed=1)
     share = lm.add_lora(model, rank=3, seed=0)
+    first, second = (next(p for n, p in m.named_parameters() if n.endswith(".a")) for m in (model, other))
+    assert not torch.equal(first, second)  # A is drawn by seed
     assert share == pytest.approx(linear / model.num_parameters(), rel=0.05)
     assert torch.equal(lm.sequence_logps(model, batch), plain)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -801,6 +870,8 @@ def test_lora_starts_as_nothing_and_merges_into_the_same_function():
     )
     for layer in model.modules():
         if isinstance(layer, lm.LoRALinear):
+            bound = layer.linear.in_features**-0.5
+            assert 0.9 * bound < layer.a.abs().max() <= bound
             layer.b.data.normal_(0, 0.1, generator=seeded())
     adapted = lm.sequence_logps(model, batch)
     lm.merge_lora(model)
@@ -1468,6 +1539,8 @@ def test_a_conversation_that_the_template_refuses_is_dropped_and_counted(tmp_pat
     within = whole([{"role": "system", "content": "Tea"}, *ASK])  # its text stands in the user's too
     _, counts = pairs_of([whole(ASK), within], ignores, tmp_path)
     assert counts["with a message that the chat template leaves out or changes"] == 1
+    repeats = whole([*ASK, assistant("Yes."), user("Tea")])
+    assert pairs_of([repeats], ignores, tmp_path)[1] == {"read": 1, "kept": 1}
     with pytest.raises(ValueError, match="no pair is left.*System role not supported.*--chat_template"):
         pairs_of([whole(PIRATE)], tokenizer, tmp_path)
 
@@ -1556,6 +1629,8 @@ def test_one_bos_at_most(tmp_path):
         cut.prompt == [bos, pairs[0].prompt[-1]] and counts["with the prompt truncated"] == 1
     )  # BOS outlives the cut
     assert data.tokenize_prompts([text["prompt"]], with_bos, 2)[0] == [cut.prompt]
+    [one], _ = pairs_of([text], with_bos, tmp_path, 8, 1)
+    assert one.prompt == cut.prompt[1:]  # where one token is left, it is text
 
 
 def test_generation_starts_where_a_text_that_ends_in_a_space_was_split(tokenizer, tmp_path):
@@ -1605,6 +1680,9 @@ def test_truncation_by_each_sides_own_budget(tokenizer, tmp_path):
         )  # a cut response has no end token
         assert counts.get("with the prompt truncated", 0) == (sizes[0] < 9)
         assert counts.get("with a response truncated", 0) == (sizes[1] < 8)
+    for lengths in (1, None), (8, 8), (8, 0):
+        with pytest.raises(ValueError, match="must be"):
+            pairs_of([row], tokenizer, tmp_path, *lengths)
 
 
 def test_shown_examples_tell_tokens_from_letters(chatml, tmp_path):
@@ -1692,9 +1770,12 @@ def test_split_by_prompt_keeps_prompts_together_and_ignores_the_order():
         sorted(p.source for p in part) for part in parts
     ]
     assert data.split_by_prompt(pairs, (0.3, 0.2), seed=2) != parts
+    many = [data.Pair([1], [2], [3], "", {"prompt": str(i)}) for i in range(10_000)]
+    sizes = [len(part) for part in data.split_by_prompt(many, (0.3, 0.2), seed=1)]
+    assert sizes == pytest.approx([3000, 2000, 5000], abs=150)  # three standard deviations
 
 
-def test_load_splits(tokenizer, tmp_path):
+def test_load_splits(tokenizer, tmp_path, monkeypatch):
     rows = [chat(f"q{i % 60}", f"a{i}", "b") for i in range(300)] + [chat("q", "a", "a")]
     settings = {
         "data": [write(tmp_path / "train.jsonl", rows)], "eval_data": None, "eval_share": 0.1, "limit": None, "seed": 0,
@@ -1714,9 +1795,25 @@ def test_load_splits(tokenizer, tmp_path):
         settings | {"eval_data": [write(tmp_path / "eval.jsonl", rows[:7])], "limit": 50}, tokenizer
     )
     assert len(own.train) == 50 and len(own.held_out) == 7 and own.counts["held out: read"] == 7
+    other = data.load_splits(settings | {"eval_data": settings["data"], "limit": 50, "seed": 1}, tokenizer)
+    assert len(other.train) == 50 and other.train != own.train
+    few = [write(tmp_path / "few.jsonl", [*rows[:7], whole(LATER)])]
+    few = settings | {"data": few, "eval_data": few, "single_turn": True, "max_length": 6}
+    short = data.load_splits(few, tokenizer)
+    assert len(short.train) == len(short.held_out) == 7
+    assert max(pair.length for pair in short.train + short.held_out) == 6
+    monkeypatch.setattr(data, "BUILTIN_PAIRS", 40)
+    monkeypatch.setattr(data, "BUILTIN_EVAL_PAIRS", 12)
     built_in = data.load_splits(settings | {"data": ["built-in"], "limit": 30}, tokenizer)
     assert len(built_in.train) == 30 and len(built_in.held_out) == data.BUILTIN_EVAL_PAIRS
+    assert not any("trained on too" in key for key in built_in.counts)
+    seed_1 = data.load_splits(settings | {"data": ["built-in"], "limit": 30, "seed": 1}, tokenizer)
+    assert seed_1.train != built_in.train
     assert data.fingerprint(own.train) == data.fingerprint([*own.train]) != data.fingerprint(own.train[::-1])
+    monkeypatch.setattr(data, "split_by_prompt", lambda pairs, shares, seed: [[shares], [], []])
+    for sft, share in (0, 0), (1, 0.2 * 0.9):  # a tenth is held out, and a fifth of the rest is for SFT
+        [shares] = data.load_splits(settings | {"sft_epochs": sft}, tokenizer).held_out
+        assert shares == pytest.approx((0.1, share))
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path):
@@ -1899,6 +1996,60 @@ def test_run_folder_holds_what_is_promised(whole_run):
     assert config["data"] == data.fingerprint(splits.train + splits.sft + splits.held_out)
 
 
+def replay(run_folder, m, seed=0):
+    """Algorithm 2 from margins.safetensors: scores, margins of base and proxy, constants, kept pairs, batches."""
+    scores = load_file(run_folder / "margins.safetensors")
+    base, proxy = (scores[f"{by}_chosen"] - scores[f"{by}_rejected"] for by in ("base", "proxy"))
+    used = json.loads((run_folder / "config.json").read_text())["constants"]
+    draw = train.generator(seed, "filter")
+    kept = filtering.dual_denoising_filter(base, proxy, used["tau"], used["gamma"], draw)
+
+    def batches(epoch):
+        return kept[batching.high_variance_batches(proxy[kept], m, train.generator(seed, "batches", epoch))]
+
+    return scores, base, proxy, used, kept, batches
+
+
+def test_the_first_step_by_hand_from_margins_and_constants(whole_run):
+    """The filter's tau, its draw, Algorithm 1's first batch, and Eq. 15 while policy and base are the same."""
+    scores, base, proxy, used, kept, batches = replay(whole_run, 16)
+    assert used["tau"] == pytest.approx(filtering.tau_for_ratio(base, proxy, 0.4, used["gamma"]))
+    assert json.loads((whole_run / "filter.json").read_text())["kept"] == len(kept)
+    first, line = batches(0)[0], metrics(whole_run)[0]
+    margins = base[first].double()
+    amplification = used["lambda"] * ((used["median"] - margins) / used["alpha"]).sigmoid().mean().item()
+    wanted = {
+        "loss": math.log(2) + amplification, "amplification": amplification, "reward_chosen": 0, "reward_rejected": 0,
+        "margin_mean": margins.mean().item(), "margin_variance": margins.var(unbiased=False).item(),
+        "logps_chosen": scores["base_chosen"][first].mean().item(), "pairs": 16, "epoch": 1, "step": 1,
+        "logps_rejected": scores["base_rejected"][first].mean().item(),
+    }  # fmt: skip
+    assert {key: line[key] for key in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+
+
+def test_epochs_seeds_and_given_constants_by_hand(whole_run, tmp_path, monkeypatch):
+    """Which pairs a step took is seen by its tokens. A wide gamma keeps each pair with probability 1/2."""
+    monkeypatch.setattr(data, "BUILTIN_PAIRS", 60)
+    monkeypatch.setattr(data, "BUILTIN_EVAL_PAIRS", 4)
+    settings = {"seed": 3, "epochs": 2, "batch_size": 4, "sft_epochs": 0, "proxy": str(whole_run / "proxy")}
+    folder = run(tmp_path / "run", **settings, filter_ratio=None, gamma=1e4, alpha=5.0)
+    _, splits = splits_of(folder)
+    _, base, proxy, used, kept, batches = replay(folder, 4, seed=3)
+    assert used["tau"] == pytest.approx(0.1 * proxy.std(unbiased=False).item())
+    assert (used["gamma"], used["alpha"]) == (1e4, 5.0) and 15 < len(kept) < 45
+    assert used["lambda"] == pytest.approx(0.16 * 5.0)
+    drawn = [(epoch + 1, batch) for epoch in (0, 1) for batch in batches(epoch).tolist()]
+    tokens = [(epoch, sum(splits.train[i].size for i in batch)) for epoch, batch in drawn]
+    assert [(line["epoch"], line["tokens"]) for line in metrics(folder)] == tokens
+    plan = train.random_plan(train.Settings(seed=3, batch_size=4), 10)
+    wanted = batching.random_batches(torch.zeros(10), 4, train.generator(3, "batches", 1))
+    assert torch.equal(plan(1, None), wanted) and not torch.equal(plan(0, None), wanted)
+    monkeypatch.setattr(train, "fit", lambda *_, **__: None)  # what is given is used
+    given = run(tmp_path / "given", **settings, filter_ratio=None, tau=7.0, median=3.0, lambda_reg=2.0)
+    used = json.loads((given / "config.json").read_text())["constants"]
+    assert (used["tau"], used["median"], used["lambda"]) == (7.0, 3.0, 2.0)
+
+
 def test_the_filter_names_each_removed_pair_by_file_and_line(whole_run):
     _, splits = splits_of(whole_run)
     scores = load_file(whole_run / "margins.safetensors")
@@ -1976,7 +2127,8 @@ def test_training_by_hand_as_dpo_and_as_eq15(amplified, tmp_path):
 
 
 def test_sft_is_a_mean_over_the_tokens_of_the_batch(tmp_path):
-    folder = run(tmp_path / "run", limit=100, batch_size=4, sft_lr=1e-3, **PLAIN)
+    settings = {"objective": "simpo", **PLAIN}  # whose means over each response are not for SFT
+    folder = run(tmp_path / "run", limit=100, batch_size=4, sft_lr=1e-3, **settings)
     _, splits = splits_of(folder)
     model = lm.builtin_model(0)
 
@@ -2023,9 +2175,18 @@ def test_the_update_does_not_depend_on_the_micro_batches(objective, tmp_path):
 @pytest.mark.parametrize("objective", ["ipo", "simpo", "orpo", "slic"])
 def test_every_objective_trains_with_everything_on(objective, tmp_path):
     settings = {"limit": 90, "sft_epochs": 0, "filter_ratio": 0.6, "batch_margins": "policy"}
-    lines = metrics(run(tmp_path / "run", objective=objective, **settings))
+    folder = run(tmp_path / "run", objective=objective, **settings)
+    lines = metrics(folder)
     assert lines[0]["amplification"] > 0
     assert all(math.isfinite(value) for line in lines for value in line.values())
+    # The first policy is the base model, so the first batches are of its margins.
+    _, base, _, _, kept, _ = replay(folder, 16)
+    first = kept[batching.high_variance_batches(base[kept], 16, train.generator(0, "batches", 0))[0]]
+    assert lines[0]["margin_mean"] == pytest.approx(base[first].mean().item(), rel=1e-3, abs=1e-5)
+    # Untrained, a token has about ln 640 = 6.5 nats, and its base model's scores are the policy's.
+    assert (4 < -lines[0]["logps_chosen"] < 9) == (objective != "slic")
+    if objective in ("ipo", "slic"):
+        assert (lines[0]["reward_chosen"], lines[0]["reward_rejected"]) == pytest.approx((0, 0), abs=1e-4)
 
 
 def test_a_mixture_whose_router_has_noise_in_training_mode_is_trained_without(tmp_path):
@@ -2471,17 +2632,20 @@ def test_length_controlled_win_rate_where_a_fit_could_fail():
     assert found == pytest.approx(evaluate.win_rate([2, 1, 2, 2, 1.7, 1.2]), rel=1e-9)
     value, error = lc([2, 2, 2, 1, 1, 1], [9, 8, 7, 1, 2, 3], [3] * 6)  # length tells wins from losses
     assert 0 <= value <= 100 and math.isfinite(error)
+    assert math.isnan(lc([2, 1.5], [1, 2], [5, 5]).error)  # as many verdicts as coefficients
+    assert math.isnan(lc([2], [1], [2]).error)
     with pytest.raises(ValueError, match="of one length"):
         lc([1, 2], [1], [1, 2])
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_length_controlled_win_rate_is_the_maximum_likelihood_fit(seed):
-    """Against a fit by LBFGS, on verdicts of any strength."""
+    """Against a fit by LBFGS, on verdicts of any strength; 20 rows more have none, but count for the spread."""
     draw = seeded(seed)
-    theirs, mine = torch.randint(1, 4000, (2, 30), generator=draw).double()
+    theirs, mine = torch.randint(1, 4000, (2, 50), generator=draw).double()
+    mine[30:] *= 3
     wins = (torch.rand(30, generator=draw).double() * 3 - 1).clamp(0, 1)
-    tanh = ((theirs - mine) / (theirs - mine).std()).tanh()
+    tanh = ((theirs - mine) / (theirs - mine).std()).tanh()[:30]
     fit = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     search = torch.optim.LBFGS([fit], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
 
@@ -2492,7 +2656,8 @@ def test_length_controlled_win_rate_is_the_maximum_likelihood_fit(seed):
         return loss
 
     search.step(closure)
-    value, _ = evaluate.length_controlled_win_rate((1 + wins).tolist(), mine.tolist(), theirs.tolist())
+    verdicts = (1 + wins).tolist() + [None] * 20
+    value, _ = evaluate.length_controlled_win_rate(verdicts, mine.tolist(), theirs.tolist())
     assert value == pytest.approx(100 * fit[0].sigmoid().item(), abs=1e-3)
 
 
@@ -3079,11 +3244,14 @@ def test_a_policy_is_named_by_the_parts_that_were_on(flags, method):
 
 def test_win_rates_of_samples_by_hand():
     """Two prompts of two comparisons each: 100 and 50 percent, so 75 with an error of 25 over prompts."""
-    items = 2 * [Comparison("x", "aa", "b")] + 2 * [Comparison("y", "a", "bb")]
+    items = 2 * [Comparison("x", "aa", "b")] + 2 * [Comparison("y", "a", "bbbb")]
     wins = evaluate.wins_of("RMO", "base", "judge", items, [2, 2, 2, 1])
     assert wins.rate == pytest.approx((75, 25)) and math.isnan(wins.controlled.error)
-    assert (wins.length.value, wins.baseline_length.value) == (1.5, 1.5)
+    assert (wins.length.value, wins.baseline_length.value) == (2.5, 1.5)
     assert (wins.verdicts, wins.prompts) == (2, 2)
+    # Prompts count alike: two wins, and one loss beside no verdict.
+    wins = evaluate.wins_of("RMO", "base", "judge", items, [2, 2, 1, None])
+    assert wins.rate == pytest.approx((50, 50)) and (wins.verdicts, wins.prompts) == (2, 2)
 
 
 def test_a_run_that_needed_no_proxy_is_evaluated_without(tmp_path):
@@ -3125,9 +3293,10 @@ def test_means_over_seeds_say_how_many_runs_they_are_of():
 
 
 def test_reward_accuracy_is_without_reference_where_the_objective_is():
-    margins = {"base": tensor([-3.0, 1.0]), "policy": tensor([-2.0, 2.0])}
-    assert evaluate.margin_rows(margins, "dpo")[1].reward_accuracy.value == 100
-    assert evaluate.margin_rows(margins, "simpo")[1].reward_accuracy.value == 50
+    margins = {"base": tensor([-3.0, 1.0, 0.0, 0.0]), "policy": tensor([-2.0, 2.0, 0.0, 0.0])}  # no ties
+    assert evaluate.margin_rows(margins, "dpo")[1].reward_accuracy.value == 50
+    assert evaluate.margin_rows(margins, "simpo")[1].reward_accuracy.value == 25
+    assert evaluate.margin_rows(margins, "dpo")[1].accuracy.value == 25
 
 
 def test_a_report_is_of_the_data_that_the_run_had(tmp_path):
@@ -3196,6 +3365,10 @@ def test_table_3(runs):
         bound = 100 * row.variance.value / row.share.value
         assert row.variance.value + row.means.var(unbiased=False).item() == pytest.approx(bound)
     assert evaluate.partitions(evaluate.open_run(runs["plain"]))[0].by == "base"  # it has no proxy
+    run = evaluate.open_run(runs["a-0"])
+    run.settings["batch_size"] = 3  # of 40 pairs one sits out, of all partitions the same
+    a, b, c = (row.means.mean().item() for row in evaluate.partitions(run))
+    assert a == pytest.approx(b) and b == pytest.approx(c)
 
 
 def test_margins_of_any_models(runs, tmp_path, capsys):
