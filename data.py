@@ -484,12 +484,7 @@ def tokenize_preferences(
     for (row, templated, texts), (prompt, *full) in zip(rendered, ids_of_rows):
         notes["with the prompt taken off the responses, which began with it"] += "repeated" in row
         if templated:
-            contents = [message["content"].strip() for message in as_messages(row["prompt"])]
-            left = texts[0]
-            changed = False
-            for content in sorted(contents, key=len, reverse=True):  # a short one may stand in a long one
-                changed = changed or content not in left
-                left = left.replace(content, "", 1)
+            changed = not _holds_messages(texts[0], as_messages(row["prompt"]))
             notes["with a message that the chat template leaves out or changes"] += changed
         else:
             unused = bool(tokenizer.chat_template) and chat == "auto"
@@ -614,6 +609,16 @@ def _render(row: Row, tokenizer: Any, chat: str, marks: re.Pattern[str]) -> tupl
         if not texts[-1].startswith(before) or not written.startswith(response.strip()):
             raise Unusable(f"response rewritten by the chat template: {texts[-1][-80:]!r}")
     return True, texts
+
+
+def _holds_messages(text: str, messages: Messages) -> bool:
+    """Whether the texts of all messages stand in this text, each at a place of its own."""
+    contents = [message["content"].strip() for message in messages]
+    for content in sorted(contents, key=len, reverse=True):  # a short one may stand in a long one
+        if content not in text:
+            return False
+        text = text.replace(content, "", 1)
+    return True
 
 
 def _around_answer(messages: Messages, tokenizer: Any) -> tuple[str, str]:
