@@ -158,10 +158,12 @@ def read_preferences(
             if roles.count("user") != 1:
                 row["drop"] = "not one user turn"
     usable = [row for row in rows if "drop" not in row]
-    if limit is None or limit >= len(usable):
-        return rows
-    drawn = {id(row) for row in random.Random(seed).sample(usable, limit)}
-    return [row for row in rows if "drop" in row or id(row) in drawn]
+    if limit is not None and limit < len(usable):
+        drawn = {id(row) for row in random.Random(seed).sample(usable, limit)}
+        for row in usable:
+            if id(row) not in drawn:
+                row["drop"] = "not drawn, by the limit"
+    return rows
 
 
 def _files(source: str) -> list[tuple[str, Path]]:
@@ -353,9 +355,10 @@ def _message(value: Any) -> dict[str, str]:
     if lost:
         raise Unusable(f"a message has {', '.join(lost)}, which would be lost")
     role = fields.get("role") or fields.get("from")
-    content = fields.get("content")
-    if content is None:
-        content = fields.get("value")
+    contents = [fields[key] for key in ("content", "value") if fields.get(key) is not None]
+    if len(contents) > 1:
+        raise Unusable("a message has content and value: which one is its text?")
+    content = contents[0] if contents else None
     if isinstance(content, list):
         parts = [part if isinstance(part, dict) else {"text": part} for part in content]
         texts = [part.get("text") for part in parts if part.get("type", "text") == "text"]

@@ -1074,6 +1074,7 @@ def test_every_form_becomes_one_row(row, prompt, tmp_path):
         ({"prompt": [user([{"type": "image_url", "text": ""}])], **LONE}, "of no known form"),
         ({"instruction": ASK, "input": "Tea?", **TEXTS}, "of no known form"),
         ({"system": "Be a pirate.", "system_prompt": "Be kind.", "prompt": "Tea?", **TEXTS}, "of no known form"),
+        ({"prompt": [{"role": "user", "content": "Tea?", "value": "Cake?"}], **LONE}, "of no known form"),
         ({"prompt": [user(" ")], **LONE}, "empty prompt"),
         ({"system": "Be a pirate.", "prompt": "", **TEXTS}, "empty prompt"),
         ({"prompt": HH, "chosen": f" {H}\n\nHuman: Thanks", "rejected": N}, "a response that goes on"),
@@ -1230,6 +1231,9 @@ def test_single_turn_and_a_limit_drawn_by_seed(tokenizer, tmp_path):
     assert len(drawn(limit=1000)) == 53
     _, counts = data.tokenize_preferences(rows, tokenizer)
     assert dropped(counts) == {"not one user turn": 11, "identical responses": 1}
+    _, counts = data.tokenize_preferences(rows_of(one + other[-1:], tmp_path, limit=10), tokenizer)
+    assert counts["read"] == 41 and counts["kept"] == 10
+    assert dropped(counts) == {"not drawn, by the limit": 30, "identical responses": 1}
 
 
 HUB = """
