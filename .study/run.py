@@ -41,12 +41,14 @@ NOT_AN_ARMS = ("seed", "output_dir", "sft_model", "sft_epochs", "proxy", "micro_
 
 
 class Arm(NamedTuple):
-    """A run of each seed: flags of train.py, or of variants.py after a kind. {own}, {dpo}: their folders."""
+    """A run of each seed: flags of train.py, or of variants.py after a kind. {own}, {dpo}: their folders.
+    shares: an arm of the same pairs and models, whose scores and outputs it takes by shared.py."""
 
     name: str
     group: str
     flags: str
     kind: str = ""
+    shares: str = ""
 
 
 FAMILIES = {
@@ -61,7 +63,6 @@ PLAIN = f"{RANDOM} {NO_FILTER} {NO_REG}"
 STEP_1 = f"{RANDOM} --tau -1000 {NO_REG}"  # with random batches, no step 2, no amplification
 OWN_CROSSFIT = "--scores {own}/crossfit-{seed}/crossfit.safetensors"
 DPO_CROSSFIT = "--scores {dpo}/crossfit-{seed}/crossfit.safetensors"
-RMO_SCORES = "shared --scores {own}/rmo-{seed}/margins.safetensors"
 DPO_SCORES = "--scores {dpo}/step1-{seed}/margins.safetensors"
 # Runs whose folders other arms of their seed need
 STARTED_FROM = [*((family, "plain") for family in FAMILIES), ("dpo", "step1"), ("hh", "rmo")]
@@ -107,10 +108,10 @@ ARMS = [
     Arm("random+reg", "small_beta", f"{RANDOM} {NO_FILTER}"),
     Arm("rmo", "small_beta", ""),
     # HH. The base's scores are plain training's; RMO computes the proxy's, for the arms behind it
-    Arm("rmo", "hh", "", "shared --scores {own}/plain-{seed}/margins.safetensors"),
-    Arm("high", "hh", f"{NO_FILTER} {NO_REG}", RMO_SCORES),
-    Arm("random+filter", "hh", f"{RANDOM} {NO_REG}", RMO_SCORES),
-    Arm("random+reg", "hh", f"{RANDOM} {NO_FILTER}", RMO_SCORES),
+    Arm("rmo", "hh", "", shares="plain"),
+    Arm("high", "hh", f"{NO_FILTER} {NO_REG}", shares="rmo"),
+    Arm("random+filter", "hh", f"{RANDOM} {NO_REG}", shares="rmo"),
+    Arm("random+reg", "hh", f"{RANDOM} {NO_FILTER}", shares="rmo"),
 ]
 GROUPS = list(dict.fromkeys(arm.group for arm in ARMS))
 
@@ -198,11 +199,18 @@ def run_arm(
     known = next((row for row in rows if matches(row, key) and "failed" not in row), None)
     if known and ((family, arm.name) not in STARTED_FROM or known["wins"] == win_rates(out)):
         return True
-    program = f"variants.py {arm.kind}" if arm.kind else "../train.py"
-    words = f"{program} --output_dir {out} {arm.flags}".format(**places).split()
+    train_py, evaluate_py = "../train.py", "../evaluate.py"
+    if arm.kind:
+        train_py = f"variants.py {arm.kind}"
+    if arm.shares:
+        other = f"shared.py {args.runs}/{family}/{arm.shares}-{seed}"
+        train_py, evaluate_py = f"{other} train.py", f"{other} evaluate.py"
+    words = f"{train_py} --output_dir {out} {arm.flags}".format(**places).split()
     row = {**key, "group": arm.group, "kind": arm.kind.split()[0] if arm.kind else ""}
     began = time.time()
-    done = start(words, Path(f"{out}.log")) == 0 and (family != "hh" or judge_outputs(args, out, seed))
+    done = start(words, Path(f"{out}.log")) == 0
+    if done and family == "hh":
+        done = judge_outputs(args, out, seed, evaluate_py)
     seconds = time.time() - began
     if done:
         row.update(measure(out), seconds=round(seconds))
@@ -241,11 +249,11 @@ def last_line(log: Path) -> str:
     return lines[-1][-300:] if lines else f"see {log}"
 
 
-def judge_outputs(args: argparse.Namespace, out: Path, seed: int) -> bool:
+def judge_outputs(args: argparse.Namespace, out: Path, seed: int, evaluate_py: str) -> bool:
     """Outputs to the seed's test prompts, judged by hh.py's judge; whether that went well."""
     log = Path(f"{out}.log")
     sampling = ["--max_new_tokens", "128", "--seed", str(seed), "--batch_size", "100"]
-    if start(["../evaluate.py", "generate", str(out), *sampling], log) != 0:
+    if start([*evaluate_py.split(), "generate", str(out), *sampling], log) != 0:
         return False
     return start(["../evaluate.py", "judge", str(out), "--run", f"{args.hh}/judge"], log) == 0
 

@@ -14,16 +14,14 @@ KIND, where a pair's relative margin is the margin of the proxy minus that of th
     agree                   step 1 removes pairs whose relative margin is negative by FILE and by the run
     oracle                  removes exactly the mislabelled pairs (built-in task)
     thinned                 removes as many pairs, at random
-    shared                  train.py's own; it takes the scores in --scores for its own, which are the same
 
 FILE holds scores in the form of a run's margins.safetensors, of the same seed: those of another run or of
-crossfit.py; for shared, those of a run of the same pairs and models. Batches are made by the same margins as
-the filter. Amplification keeps the run's own. Step 2 has tau = 0.1 sd and gamma = 0.01 sd of these margins;
---tau -1000 switches it off, and oracle, thinned and lowest have none. One process only.
+crossfit.py. Batches are made by the same margins as the filter. Amplification keeps the run's own. Step 2 has
+tau = 0.1 sd and gamma = 0.01 sd of these margins; --tau -1000 switches it off, and oracle, thinned and lowest
+have none. One process only.
 """
 
 import argparse
-import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -51,7 +49,7 @@ KINDS = [
     "lowest",
     "agree",
 ]
-KINDS += ["oracle", "thinned", "shared"]
+KINDS += ["oracle", "thinned"]
 WITHOUT_STEP_2 = ("oracle", "thinned", "lowest")
 
 
@@ -73,36 +71,12 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     if (args.kind == "lowest") != (args.share is not None):
         parser.error("lowest needs --share, and no other kind has one")
-    if args.kind == "shared" and args.scores is None:
-        parser.error("shared needs --scores")
-    if args.kind == "shared":
-        share_scores(Path(args.scores))
-    elif args.kind == "printed":
+    if args.kind == "printed":
         filter.retention_probability = printed_retention
     else:
         replace_filter(args)
     sys.argv = ["train.py", "--output_dir", args.output_dir, *flags]
     train.main()
-
-
-open_run = train.open_run
-
-
-def share_scores(scores: Path) -> None:
-    """Let a run begin with another run's scores, which it would compute again: hours for a large model."""
-
-    def open_with_scores(s: train.Settings, fingerprint: str) -> None:
-        open_run(s, fingerprint)
-        theirs = data.read_json(scores.parent / "config.json")
-        ours = data.read_json(s.folder / "config.json")
-        models = zip(ours["models"], theirs["models"])  # of the base, then of the proxy
-        same = ours["data"] == theirs["data"] and s.objective == theirs["settings"]["objective"]
-        if not same or any(our != their for our, their in models):
-            raise ValueError(f"{scores}: of other pairs, models or another objective")
-        if not (s.folder / "margins.safetensors").exists():
-            data.write_whole(s.folder / "margins.safetensors", lambda part: shutil.copyfile(scores, part))
-
-    train.open_run = open_with_scores
 
 
 ours = filter.retention_probability
