@@ -5,8 +5,8 @@
 
 train.py takes the scores of its training pairs by base and proxy, and the margins of its held-out pairs by
 all models that OTHER has too. evaluate.py takes the outputs of the model that training started from: give it
-the flags that OTHER's had. It stops if data or models are not the same. Everything is the same bits with it
-and without; for a large model it takes hours. One process only.
+the flags that OTHER's had. It stops if data or models are not the same. The results are the same bits with it
+and without, but for a large model this saves hours. One process only.
 """
 
 import shutil

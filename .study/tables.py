@@ -479,7 +479,7 @@ def hh_tables(study: Study) -> str:
 
     arms = [arm for arm in TABLE_ARMS if study.values("hh", arm, rate)]
     by_seed = []
-    for seed, right in study.values("hh", "plain", judge_accuracy).items():
+    for seed, right in sorted(study.values("hh", "plain", judge_accuracy).items()):
         rates = [study.values("hh", arm, rate).get(seed) for arm in arms]
         cells = ["-" if value is None else f"{value:.1f}" for value in rates]
         by_seed.append([str(seed), f"{right:.1f}", *cells])
