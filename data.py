@@ -254,6 +254,8 @@ HARMLESS = {"role", "content", "from", "value", "name", "weight", "score", "id",
 # Filled, these change what a model should have seen: they are refused, for to drop them would be silent.
 MEANINGFUL = ("tools", "functions", "tool_calls", "function_call", "documents", "context", "history")
 MEANINGFUL += ("image", "images", "video", "videos", "audio", "audios", "thinking", "reasoning_content")
+MEANINGFUL += ("chat_history", "chat_template_kwargs", "image_path")
+USED = {"chosen", "rejected", *PROMPTS, *SYSTEMS, *MEANINGFUL}  # columns; what else is filled is said
 
 
 def make_row(prompt: str | Messages, chosen: str, rejected: str, source: str) -> Row:
@@ -288,27 +290,33 @@ def _recognise(value: Any, place: str) -> Row:
         raise Unusable("no preference pair")
     given = _prompt(value)
     sides = [text_or_messages(value[key], key) for key in ("chosen", "rejected")]
-    if any(isinstance(part, list) for part in (given, *sides)):
-        split = [_split_messages(given, side) for side in sides]
-    else:
+    texts = all(isinstance(side, str) for side in sides)
+    if texts and not isinstance(given, list):
         split = _split_texts(given, sides)
+    else:
+        responses = _without_last_turn(given, sides) if texts else sides
+        split = [_split_messages(given, response) for response in responses]
     (prompt, chosen), (other_prompt, rejected) = split
     transcript = is_transcript(prompt)
-    repeated = given and isinstance(prompt, str) and not transcript and [chosen, rejected] != sides
+    repeated = texts and given and not transcript and [chosen, rejected] != sides
     goes_on = transcript and (HUMAN in chosen or HUMAN in rejected)
     systems = [key for key in SYSTEMS if key in value]
+    if (transcript or repeated) and (systems or isinstance(prompt, list)):
+        # The space between prompt and response belongs to plain text.
+        chosen, rejected = chosen.strip(), rejected.strip()
     if systems:  # also an empty one makes messages of a text: one file is rendered in one way
-        if transcript:  # the space before a response belongs to plain text
-            chosen, rejected = chosen.strip(), rejected.strip()
-        texts = [value[key] for key in systems if value[key]]
-        if len(texts) > 1:
+        filled = [value[key] for key in systems if value[key]]
+        if len(filled) > 1:
             raise Unusable(f"{' and '.join(systems)} are filled: which one is the system message?")
-        system = [_message({"role": "system", "content": text}) for text in texts]
+        system = [_message({"role": "system", "content": text}) for text in filled]
         prompt = _join(system, as_messages(prompt or []))
         other_prompt = _join(system, as_messages(other_prompt or []))
     row = _checked(prompt, chosen, rejected, place)
     if repeated:
         row["repeated"] = True  # tokenize_preferences counts them
+    unused = [key for key in value if value[key] and key not in USED]
+    if unused:
+        row["unused"] = unused
     if prompt != other_prompt:
         row["drop"] = "prompts differ"
     elif goes_on:
@@ -317,8 +325,8 @@ def _recognise(value: Any, place: str) -> Row:
 
 
 def _refuse_meaningful(value: dict[str, Any]) -> None:
-    for key in MEANINGFUL:
-        if value.get(key) and value[key] not in ("[]", "{}", "null"):  # JSON of nothing
+    for key, content in value.items():
+        if key.lower() in MEANINGFUL and content and content not in ("[]", "{}", "null"):  # JSON of nothing
             raise ValueError(f"{key!r} is filled and would be lost: remove it, or such rows")
 
 
@@ -378,14 +386,32 @@ def _split_texts(prompt: str | None, sides: list[str]) -> list[tuple[str, str]]:
     if prompt is None and not split_at_mark:
         raise Unusable(f"no prompt, and no {ASSISTANT!r} to split at")
     if prompt:  # then only whole transcripts that have it in them are split
-        split_at_mark &= all(side.startswith(HUMAN) and prompt.strip() in side for side in sides)
+        split_at_mark &= all(_is_whole_transcript(side, prompt) for side in sides)
     if split_at_mark:
         parts = [side.rpartition(ASSISTANT) for side in sides]
         return [(before + mark, response) for before, mark, response in parts]
-    # One word may well begin two responses; several are the prompt, which stands twice.
-    if len(prompt.split()) > 1 and all(side.startswith(prompt) for side in sides):
-        sides = [side.removeprefix(prompt) for side in sides]
+    # One word may well begin two responses. Several, a question or a long text are the prompt, which stands
+    # twice; Chinese has no spaces.
+    start = prompt.strip()
+    if len(start.split()) > 1 or len(start) > 20 or start.endswith(("?", "？")):
+        if all(side.startswith(prompt) for side in sides):
+            return [(prompt, side.removeprefix(prompt)) for side in sides]
+        if all(side.strip().startswith(start) for side in sides):
+            return [(start, side.strip().removeprefix(start)) for side in sides]
     return [(prompt, side) for side in sides]
+
+
+def _is_whole_transcript(side: str, prompt: str) -> bool:
+    return side.strip().startswith(HUMAN.strip()) and ASSISTANT in side and prompt.strip() in side
+
+
+def _without_last_turn(prompt: Messages, sides: list[str]) -> list[str | Messages]:
+    """Texts beside a prompt of messages, where they are whole: a transcript as messages, or what follows the
+    last message's text."""
+    last = prompt[-1]["content"]
+    if all(_is_whole_transcript(side, last) for side in sides):
+        return [_turns(side) for side in sides]
+    return [response for _, response in _split_texts(last, sides)]
 
 
 def _split_messages(prompt: str | Messages | None, side: str | Messages) -> tuple[Messages, str]:
@@ -423,8 +449,11 @@ def as_messages(prompt: str | Messages) -> Messages:
     """A prompt as messages: a transcript's turns, or a text as the user's only message."""
     if not is_transcript(prompt):
         return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    text = f"\n\n{prompt.strip()}".removesuffix(ASSISTANT)
-    parts = re.split(r"\n\n(Human|Assistant):", text)
+    return _turns(prompt.strip().removesuffix(ASSISTANT))
+
+
+def _turns(transcript: str) -> Messages:
+    parts = re.split(r"\n\n(Human|Assistant):", f"\n\n{transcript.strip()}")
     roles = ["user" if name == "Human" else "assistant" for name in parts[1::2]]
     return [{"role": role, "content": text.strip()} for role, text in zip(roles, parts[2::2])]
 
@@ -446,7 +475,7 @@ def prompt_text(prompt: str | Messages) -> str:
 SLICE = 1000  # rows tokenized at once: the tokenizer's own structures take 100 KiB a row
 ANSWER = "answer"
 # Some templates write today's date: data would change at midnight. Llama 3's falls back to this one.
-FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
 
 
 def tokenize_preferences(
@@ -483,6 +512,8 @@ def tokenize_preferences(
 
     pairs = []
     notes = Counter()
+    unused = sorted({column for row in rows for column in row.get("unused", [])})
+    notes[f"with columns that are not used: {', '.join(unused)}"] = sum("unused" in row for row in rows)
     ids_of_rows = _token_ids([texts for _, _, texts in rendered], tokenizer)
     for (row, templated, texts), (prompt, *full) in zip(rendered, ids_of_rows):
         notes["with the prompt taken off the responses, which began with it"] += "repeated" in row
@@ -712,24 +743,32 @@ def load_splits(settings: dict[str, Any], tokenizer: Any) -> Splits:
     lengths = settings["max_length"], settings["max_prompt_length"], settings["chat"]
     held_out_rows = None
     if list(settings["data"]) == [BUILTIN]:
-        rows = synthetic_preferences(BUILTIN_PAIRS, seed)[: settings["limit"]]
+        rows = synthetic_preferences(min(BUILTIN_PAIRS, settings["limit"] or BUILTIN_PAIRS), seed)
         held_out_rows = synthetic_preferences(BUILTIN_EVAL_PAIRS, seed, held_out=True)
     else:
         rows = read_preferences(settings["data"], settings["limit"], seed, single_turn)
     if settings["eval_data"]:
         held_out_rows = read_preferences(settings["eval_data"], single_turn=single_turn)
     pairs, counts = tokenize_preferences(rows, tokenizer, *lengths)
+    counts |= _rows_by_file(rows)
     held_out_share = 0.0 if held_out_rows else settings["eval_share"]
     sft_share = 0.2 if settings["sft_epochs"] or settings["sft_model"] else 0.0
     held_out, sft, train = split_by_prompt(pairs, (held_out_share, sft_share * (1 - held_out_share)), seed)
     if held_out_rows:
         held_out, held_out_counts = tokenize_preferences(held_out_rows, tokenizer, *lengths)
+        held_out_counts |= _rows_by_file(held_out_rows)
         counts.update((f"held out: {what}", count) for what, count in held_out_counts.items())
         seen = {prompt_text(pair.row["prompt"]) for pair in pairs}
         shared = sum(prompt_text(pair.row["prompt"]) in seen for pair in held_out)
         if shared:
             counts["held out: with a prompt that is trained on too"] = shared
     return Splits(train, sft, held_out, counts)
+
+
+def _rows_by_file(rows: list[Row]) -> dict[str, int]:
+    """To be said: without network, of a pattern in a hub dataset only what is in the cache is read."""
+    files = Counter(row["source"].rpartition(":")[0] for row in rows)
+    return {f"rows of {name}": count for name, count in files.items() if name != BUILTIN}
 
 
 def fingerprint(pairs: list[Pair]) -> str:

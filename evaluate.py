@@ -1001,7 +1001,8 @@ def draw_figures(args: argparse.Namespace) -> None:
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00"]  # Okabe and Ito's
-    look = cycler(color=colours, linestyle=["-", "--", "-.", ":", (0, (7, 2)), (0, (3, 1, 1, 1, 1, 1))])
+    styles = ["-", "--", "-.", ":", (0, (7, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3))]
+    look = cycler(color=7 * colours, linestyle=6 * styles)  # 42 curves before two look alike
     for name, draw in FIGURES.items():
         with rc_context({"axes.prop_cycle": look, "figure.dpi": 160}):
             figure = Figure((14, 5) if name == "figure4" else (8, 5), layout="constrained")
@@ -1036,7 +1037,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     one = command(write_outputs, "generate", "Outputs of a run and of its starting model.", "runs/rmo")
     add = one.add_argument
     add("run", metavar="RUN", help="a folder that train.py wrote")
-    add("--instructions", metavar="FILE", help="AlpacaEval's rows (default: the run's held-out prompts)")
+    add("--instructions", metavar="FILE", help="rows, each a user's message (default: held-out prompts)")
     add("--max_new_tokens", type=int, default=256, help="tokens of an output, at most (default: 256)")
     add("--temperature", type=float, default=0.7, help="of sampling, 0 = greedy (default: 0.7)")
     add("--seed", type=int, default=0, help="of sampling (default: 0)")

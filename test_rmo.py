@@ -983,6 +983,7 @@ def dropped(counts):
 
 H, N = "Hot water.", "No."
 ASK, LATER = [user("Tea?")], [user("Hi"), assistant("Yes?"), user("Tea?")]
+ASKS = [*LATER[:2], user("Is it tea?")]
 PIRATE = [system("Be a pirate."), user("Tea?")]
 SHAREGPT = {
     "conversations": [{"from": "human", "value": "Tea?"}],
@@ -1020,7 +1021,13 @@ def whole(turns):
         ({"prompt": LATER[:1], **whole(LATER)}, LATER),
         ({"prompt": user("Tea?"), **LONE}, ASK),
         ({"prompt": "Is it tea?", "chosen": "Is it tea?" + H, "rejected": "Is it tea?" + N}, "Is it tea?"),
+        ({"prompt": "Is it tea?\n", "chosen": "Is it tea?" + H, "rejected": "Is it tea?" + N}, "Is it tea?"),
+        ({"prompt": ASKS[-1:], "chosen": f"Is it tea? {H}", "rejected": f"Is it tea? {N}"}, ASKS[-1:]),
+        ({"prompt": ASKS, "chosen": f"Is it tea?\n{H}", "rejected": f"Is it tea?\n{N}"}, ASKS),
+        ({"prompt": LATER[2:], "chosen": f"{HH} {H}", "rejected": f"{HH} {N}"}, LATER),
+        ({"prompt": LATER, "chosen": f"{HH} {H}".strip(), "rejected": f"{HH} {N}".strip()}, LATER),
         ({"prompt": HH, "chosen": HH + " " + H, "rejected": HH + " " + N}, HH),
+        ({"prompt": "Tea?", "chosen": f"{HH} {H}".strip(), "rejected": f"{HH} {N}".strip()}, HH.strip()),
         ({"prompt": "Hi", "chosen": HH + " " + H, "rejected": HH + " " + N}, HH),
         ({"prompt": HH, **TEXTS}, HH),
         ({"chosen": HH + " " + H, "rejected": HH + " " + N}, HH),
@@ -1055,8 +1062,13 @@ def whole(turns):
 )  # fmt: skip
 def test_every_form_becomes_one_row(row, prompt, tmp_path):
     [read] = rows_of([row], tmp_path)
-    space = " " if prompt == HH and row["chosen"] != H else ""  # HH's own, between prompt and response
-    assert read.pop("repeated", False) == ("Is it tea?" in row["chosen"])
+    in_transcript = isinstance(prompt, str) and "Human:" in prompt and row["chosen"] != H
+    space = " " if in_transcript else ""  # HH's own, between prompt and response
+    twice = "Is it tea?" in row["chosen"] or (
+        isinstance(row.get("prompt"), list) and "Human:" in row["chosen"]
+    )
+    assert read.pop("repeated", False) == twice
+    assert read.pop("unused", []) == [key for key in ("score_chosen", "id") if key in row]
     assert read == {
         "prompt": prompt,
         "chosen": space + H,
@@ -1096,9 +1108,18 @@ def test_a_prompt_taken_off_the_responses_is_counted(tokenizer, tmp_path):
     assert counts["with the prompt taken off the responses, which began with it"] == 1
 
 
-def test_one_word_may_begin_two_responses(tmp_path):
-    [row] = rows_of([{"prompt": "Tea", "chosen": "Tea is hot.", "rejected": "Tea is cold."}], tmp_path)
-    assert row["chosen"] == "Tea is hot."
+def test_one_word_may_begin_two_responses_but_chinese_has_no_spaces(tmp_path):
+    for start, left in ("Tea", "Tea is hot."), ("茶", "茶 is hot."), ("茶是热的吗？", " is hot."):
+        [row] = rows_of(
+            [{"prompt": start, "chosen": f"{start} is hot.", "rejected": f"{start} is cold."}], tmp_path
+        )
+        assert row["chosen"] == left
+
+
+def test_columns_that_are_not_used_are_said(tokenizer, tmp_path):
+    rows = [{"prompt": "Tea?", **TEXTS, "Source": "x", "score": 0}, {"prompt": "Tea?", **TEXTS, "rating": 3}]
+    _, counts = pairs_of(rows, tokenizer, tmp_path)
+    assert counts["with columns that are not used: Source, rating"] == 2
 
 
 def test_forms_that_mean_the_same_give_the_same_pair(tokenizer, tmp_path):
@@ -1168,6 +1189,7 @@ def line(**changes):
         ("x.jsonl", line(question="d"), "x.jsonl:1: prompt and question are filled"),
         ("x.jsonl", line(tools=[{"name": "f"}]), "x.jsonl:1: 'tools' is filled"),
         ("x.jsonl", line(images=["cat.png"]), "x.jsonl:1: 'images' is filled"),
+        ("x.jsonl", line(Tools=[{"name": "f"}]), "x.jsonl:1: 'Tools' is filled"),
         ("x.jsonl", GOOD + "\n" + line(history=[["a", "b"]]), "x.jsonl:2: 'history' is filled"),
         ("x.jsonl", line(prompt=[{**user("a"), "tool_calls": [1]}]), "x.jsonl:1: 'tool_calls' is filled"),
         ("x.jsonl", '{"prompt": "\\ud83d", "chosen": "b", "rejected": "c"}', "x.jsonl:1.*no Unicode"),
@@ -1553,6 +1575,12 @@ def test_the_date_does_not_change_the_data(tokenizer, tmp_path, monkeypatch):
     dated = chat_tokenizer("{{ strftime_now('%d %b %Y') }}" + lm.BUILTIN_TEMPLATE)  # as Llama 3's
     [pair], _ = pairs_of([chat("Tea?", H, N)], dated, tmp_path)
     assert dated.decode(pair.prompt).startswith("26 Jul 2024<|user|>Tea?")
+    indented = chat_tokenizer(
+        "\n  {% if true %}\n" + lm.BUILTIN_TEMPLATE + "{% endif %}"
+    )  # begins with spaces
+    [pair], _ = pairs_of([chat("Tea?", H, N)], indented, tmp_path)
+    written = indented.apply_chat_template([user("Tea?"), assistant(H)], tokenize=False)
+    assert indented.decode(pair.prompt + pair.chosen) == written
     monkeypatch.setattr(tokenizer, "chat_template", {"default": lm.BUILTIN_TEMPLATE, "tool_use": "x"})
     assert len(pairs_of([chat("Tea?", H, N)], tokenizer, tmp_path)[0]) == 1
 
@@ -1789,6 +1817,7 @@ def test_load_splits(tokenizer, tmp_path, monkeypatch):
     assert (
         len(splits.train) + len(splits.held_out) == 300 and 5 < len(splits.held_out) < 60 and splits.sft == []
     )
+    assert splits.counts[f"rows of {tmp_path}/train.jsonl"] == 301
     assert splits.counts["read"] == 301 and dropped(splits.counts) == {"identical responses": 1}
     for sft in ({"sft_epochs": 1}, {"sft_model": "runs/a/sft"}):
         with_sft = data.load_splits(settings | sft, tokenizer)
@@ -2735,7 +2764,7 @@ def test_an_end_token_that_is_not_special_ends_a_response(chatty, monkeypatch):
     model, tokenizer, prompts = chatty
     word = tokenizer(" need").input_ids[0]
     monkeypatch.setattr(lm, "end_tokens", lambda model, tokenizer: [word])
-    texts = evaluate.generate(model, tokenizer, 40 * prompts[:1], evaluate.Sampling(200, 1.0))
+    texts = evaluate.generate(model, tokenizer, 40 * prompts[:1], evaluate.Sampling(100, 1.0, batch_size=40))
     assert not any(" need" in text for text in texts) and len(set(map(len, texts))) > 1
 
 
@@ -3436,14 +3465,16 @@ def test_figure_4_joins_only_runs_that_differ_in_lambda(runs, monkeypatch):
         evaluate.FIGURES["figure4"](matplotlib.figure.Figure(), bare)
 
 
-def test_figure_4_has_a_run_without_eq14_beside_any_alpha(tmp_path, monkeypatch):
+def test_figure_4_has_a_run_without_eq14_beside_any_alpha(runs, tmp_path):
     """It has no alpha; runs of one alpha and it are one line."""
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr(data, "BUILTIN_EVAL_PAIRS", 4)
-    monkeypatch.setattr(evaluate, "SAMPLES", 1)
-    folders = [make_run(tmp_path / "b", lambda_reg=2.0, alpha=5.0), make_run(tmp_path / "a", lambda_reg=0.0)]
-    _, _, right = axes_of("figure4", folders, monkeypatch)
-    assert list(right.lines[0].get_xdata()) == [0, 2]
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    [group] = evaluate.read_groups([runs["c"]])
+    data.write_json(tmp_path / "config.json", {"constants": {"lambda": 0.0}})
+    without = group._replace(settings=group.settings | {"lambda_reg": 0.0})
+    without = without._replace(runs=[group.runs[0]._replace(folder=tmp_path)])
+    with_alpha = group._replace(settings=group.settings | {"alpha": 5.0})
+    evaluate.figure4(figure, [with_alpha, without])
+    assert list(figure.axes[-1].lines[0].get_xdata()) == [0, 1]
 
 
 # ---------------------------------------------------------------------------------------------------- command
