@@ -254,7 +254,7 @@ HARMLESS = {"role", "content", "from", "value", "name", "weight", "score", "id",
 # Filled, these change what a model should have seen: they are refused, for to drop them would be silent.
 MEANINGFUL = ("tools", "functions", "tool_calls", "function_call", "documents", "context", "history")
 MEANINGFUL += ("image", "images", "video", "videos", "audio", "audios", "thinking", "reasoning_content")
-MEANINGFUL += ("chat_history", "chat_template_kwargs", "image_path")
+MEANINGFUL += ("chat_history", "chat_template_kwargs", "image_path", "initial_reason_steps")
 USED = {"chosen", "rejected", *PROMPTS, *SYSTEMS, *MEANINGFUL}  # columns; what else is filled is said
 
 
@@ -285,9 +285,9 @@ def _recognise(value: Any, place: str) -> Row:
     """A row from a value of any form: prompt and sides as text or messages, less what stands twice."""
     if not isinstance(value, dict):
         raise Unusable(f"a row must be an object, not {type(value).__name__}")
-    _refuse_meaningful(value)
     if value.get("chosen") is None or value.get("rejected") is None:
         raise Unusable("no preference pair")
+    _refuse_meaningful(value)
     given = _prompt(value)
     sides = [text_or_messages(value[key], key) for key in ("chosen", "rejected")]
     texts = all(isinstance(side, str) for side in sides)
@@ -327,7 +327,8 @@ def _recognise(value: Any, place: str) -> Row:
 def _refuse_meaningful(value: dict[str, Any]) -> None:
     for key, content in value.items():
         if key.lower() in MEANINGFUL and content and content not in ("[]", "{}", "null"):  # JSON of nothing
-            raise ValueError(f"{key!r} is filled and would be lost: remove it, or such rows")
+            remedy = "put it into the prompt, or remove it, or such rows"
+            raise ValueError(f"{key!r} is filled and would be lost: {remedy}")
 
 
 def _prompt(value: dict[str, Any]) -> str | Messages | None:
@@ -348,6 +349,8 @@ def _prompt(value: dict[str, Any]) -> str | Messages | None:
 def text_or_messages(value: Any, name: str) -> str | Messages:
     """What a column of this name holds, in one of the two forms. Raises ValueError if it has another."""
     if isinstance(value, str):
+        if re.match(r"\s*\[\s*{\s*['\"](role|content|from|value)['\"]\s*:", value):
+            raise Unusable(f"{name} is messages written as one text: make a list of it (json.loads)")
         return value
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages:
@@ -624,6 +627,9 @@ def _render(row: Row, tokenizer: Any, chat: str, marks: re.Pattern[str]) -> tupl
     if not templated:
         before = as_text(prompt)
         space = "" if is_text else " "
+        # Texts in a template's form have its line end behind their end token.
+        whole = [response.rstrip() for response in responses]
+        responses = [a if a.endswith(tokenizer.eos_token) else b for a, b in zip(whole, responses)]
         return False, [before] + [before + space + response for response in responses]
     if not template:
         remedy = "give --chat_template FILE, or --chat never for Human/Assistant text"

@@ -1084,6 +1084,9 @@ def test_every_form_becomes_one_row(row, prompt, tmp_path):
         ({"prompt": [LATER[0], LATER[2]], **whole(LATER)}, "of no known form"),
         ({"prompt": LATER, **whole(LATER[:1])}, "of no known form"),
         ({"prompt": [user([{"type": "image_url", "text": ""}])], **LONE}, "of no known form"),
+        ({"prompt": "Tea?", "chosen": json.dumps([*ASK, assistant(H)]), "rejected": N}, "of no known form"),
+        ({"prompt": "Tea?", "chosen": H, "rejected": str([assistant(N)])}, "of no known form"),
+        ({"prompt": "Tea?", "chosen": H, "rejected": None, "tools": ["f"]}, "of no known form"),
         ({"instruction": ASK, "input": "Tea?", **TEXTS}, "of no known form"),
         ({"system": "Be a pirate.", "system_prompt": "Be kind.", "prompt": "Tea?", **TEXTS}, "of no known form"),
         ({"prompt": [{"role": "user", "content": "Tea?", "value": "Cake?"}], **LONE}, "of no known form"),
@@ -1189,6 +1192,7 @@ def line(**changes):
         ("x.jsonl", line(question="d"), "x.jsonl:1: prompt and question are filled"),
         ("x.jsonl", line(tools=[{"name": "f"}]), "x.jsonl:1: 'tools' is filled"),
         ("x.jsonl", line(images=["cat.png"]), "x.jsonl:1: 'images' is filled"),
+        ("x.jsonl", line(initial_reason_steps="Step 1:"), "would be lost: put it into the prompt"),
         ("x.jsonl", line(Tools=[{"name": "f"}]), "x.jsonl:1: 'Tools' is filled"),
         ("x.jsonl", GOOD + "\n" + line(history=[["a", "b"]]), "x.jsonl:2: 'history' is filled"),
         ("x.jsonl", line(prompt=[{**user("a"), "tool_calls": [1]}]), "x.jsonl:1: 'tool_calls' is filled"),
@@ -1476,8 +1480,14 @@ def test_plain_strings_are_plain_and_tokens_in_them_are_tokens(chatml, tmp_path)
     rows = [
         {"prompt": rendered, "chosen": "Hot.<|im_end|>", "rejected": "No"},
         {"prompt": "Tea is", "chosen": " hot", "rejected": " cold"},
+        {
+            "prompt": rendered,
+            "chosen": "Hot.<|end|>\n",
+            "rejected": "No\n",
+        },  # a line end behind the end token
     ]
-    (tokens, plain), counts = pairs_of(rows, chatml, tmp_path)
+    (tokens, plain, with_line_end), counts = pairs_of(rows, chatml, tmp_path)
+    assert text_of(with_line_end, chatml)[1:] == ("Hot.<|end|>", "No\n<|end|>")
     assert (
         tokens.prompt == chatml(rendered).input_ids
         and chatml.convert_tokens_to_ids("<|im_start|>") in tokens.prompt
@@ -1487,8 +1497,8 @@ def test_plain_strings_are_plain_and_tokens_in_them_are_tokens(chatml, tmp_path)
         tokens.chosen[-1] == end and eos not in tokens.chosen and tokens.rejected[-1] == eos
     )  # one end token each
     assert text_of(plain, chatml) == ("Tea is", " hot<|end|>", " cold<|end|>")
-    assert counts["with special tokens in plain text"] == 1
-    assert counts["as plain text, without the chat template (with it: --chat always)"] == 2
+    assert counts["with special tokens in plain text"] == 2
+    assert counts["as plain text, without the chat template (with it: --chat always)"] == 3
     (_, always), counts = pairs_of([chat("a", "b", "c"), rows[1]], chatml, tmp_path, chat="always")
     assert text_of(always, chatml)[:2] == (
         "<|im_start|>user\nTea is<|im_end|>\n<|im_start|>assistant\n",
