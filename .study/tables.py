@@ -388,7 +388,8 @@ def arms_named(study: Study, family: str, beginning: str) -> list[str]:
 
 def lambda_curve(study: Study, family: str) -> str:
     """Figure 4: lambda on High-Var + Filter, so that 0 is that arm, and RMO by default."""
-    header = ["λ", "gain in win rate", "at equal lengths", "held-out margin (nats)", "accuracy %"]
+    nats = "nats a token" if family == "simpo" else "nats"
+    header = ["λ", "gain in win rate", "at equal lengths", f"held-out margin ({nats})", "accuracy %"]
     header += ["above the SFT model's %"]
     rows = []
     for arm in ["high+filter", *arms_named(study, family, "lambda"), "rmo"]:
@@ -497,12 +498,12 @@ def hh_note(study: Study) -> str:
     for arm in HH_ARMS:
         seeds = study.values("hh", arm, rate)
         if not all(seed in seeds for seed in SEEDS):
-            few.append(f"{TABLE_ARMS[arm]} {len(seeds)}")
+            few.append(f"{TABLE_ARMS[arm]} has {len(seeds)}")
         lacking = study.values("hh", arm, missing)
         if max(lacking.values(), default=0) > 5:
             notes.append(f"{TABLE_ARMS[arm]} lacks more than 5 verdicts on a seed: nothing is concluded.")
     if few:
-        notes.append(f"Not all of the plan's ten seeds are there, so nothing is concluded: {', '.join(few)}.")
+        notes.append(f"Of the plan's ten seeds, {', '.join(few)}: nothing is concluded from these.")
     return " ".join(notes)
 
 
@@ -511,7 +512,8 @@ def missing_table(study: Study) -> str:
     missing: dict[tuple[str, str], list[str]] = {}  # (arm, why) -> seeds
     for family, name in NAMES.items():
         mine = [row for row in study.rows if row["family"] == family]
-        for arm in dict.fromkeys(row["arm"] for row in mine):
+        planned = HH_ARMS if family == "hh" and mine else ()
+        for arm in dict.fromkeys([*planned, *[row["arm"] for row in mine]]):
             for seed in sorted(study.seeds(family) - study.values(family, arm, rate).keys()):
                 reasons = [row["failed"] for row in mine if (row["arm"], row["seed"]) == (arm, seed)]
                 why = reasons[0] if reasons else "not run"
@@ -596,7 +598,7 @@ def check() -> None:
     # 3 / 0.577 = 5.196 at 2 degrees of freedom: 1 - t / sqrt(2 + t^2) = 0.035
     assert "| 1. DPO: RMO against plain | **+3.0 ± 2.5** | 0.035 | 0.07 |" in main_comparisons(study)
     assert "No rows yet." in hh_tables(study)
-    assert "ten seeds are there, so nothing is concluded: Rnd-Var: plain (the proxy) 0, " in hh_note(study)
+    assert "ten seeds, Rnd-Var: plain (the proxy) has 0, High-Var has 0" in hh_note(study)
     answers = {"rate": 50.0, "controlled": 49.0, "length": 300.0}
     hh = [
         {"family": "hh", "arm": "plain", "seed": seed, "wins": {"judge": {**answers, "missing": seed}}}
@@ -604,7 +606,8 @@ def check() -> None:
     ]
     assert "(the proxy) | 50.0 ± 0.0 | 49.0 ± 0.0 |  |  | 300.0 ± 0.0 | 2 |" in hh_tables(Study(hh))
     hh = [dict(row, seed=seed, judge_accuracy=54.0) for row in hh for seed in SEEDS]
-    assert "below 55 %: nothing is concluded. Not all" in hh_note(Study(hh))
+    assert "below 55 %: nothing is concluded. Of the plan's ten seeds, High-Var has 0" in hh_note(Study(hh))
+    assert "| HH, rmo | 30, 31, " in missing_table(Study(hh))
     hh[-1]["wins"]["judge"]["missing"] = 6
     assert "(the proxy) lacks more than 5 verdicts on a seed" in hh_note(Study(hh))
     assert "| DPO, high | 31 | ValueError: refused |" in missing_table(study)
