@@ -338,10 +338,9 @@ def _prompt(value: dict[str, Any]) -> str | Messages | None:
         given["instruction"] = f"{given['instruction']}\n{given.pop('input')}"
     if given.get("messages") in (value["chosen"], value["rejected"]):
         del given["messages"]  # ultrafeedback_binarized has chosen in it again
-    if len(given) > 1:
+    if len({repr(content) for content in given.values()}) > 1:
         raise Unusable(f"{' and '.join(given)} are filled: which one is the prompt?")
-    if given:
-        [(name, content)] = given.items()
+    for name, content in given.items():  # one, or several that are the same
         return text_or_messages(content, name)
     return "" if any(value.get(key) == "" for key in PROMPTS) else None
 

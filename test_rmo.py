@@ -1045,6 +1045,7 @@ def whole(turns):
         ({"system": "", "prompt": HH, "chosen": HH + " " + H, "rejected": HH + " " + N}, LATER),
         ({"system": "Be a pirate.", "prompt": "Is it tea?", "chosen": "Is it tea?" + H, "rejected": "Is it tea?" + N}, [PIRATE[0], user("Is it tea?")]),
         ({"question": "Tea?", **TEXTS}, "Tea?"),
+        ({"question": "Tea?", "prompt": "Tea?", **TEXTS}, "Tea?"),  # orpo-dpo-mix
         ({"instruction": "Tea?", "input": "", **TEXTS}, "Tea?"),
         ({"instruction": "Name it.", "input": "Tea?", **TEXTS}, "Name it.\nTea?"),
         ({"system": "Be a pirate.", "input": "Tea?", **TEXTS}, PIRATE),
