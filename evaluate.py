@@ -194,6 +194,7 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
                 prompt = json.loads(prompt)
         try:
             prompt = data.text_or_messages(prompt, "prompt")
+            data.make_row(prompt, "a", "b", str(path))  # refuses what is no Unicode
         except ValueError as error:
             raise ValueError(f"{path}: item {number}: {error}") from None
         rows[row["instruction"]] = {**row, "prompt": prompt}

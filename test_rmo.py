@@ -3163,6 +3163,7 @@ def test_policy_and_baseline_have_noise_of_their_own(tmp_path):
         ({"instruction": "a"}, "no list of rows"),
         ([{"instruction": "a", "prompt": [{"role": "user"}]}], "item 1: a message must be"),
         ([{"instruction": "a", "prompt": 5}], "item 1: prompt is 5"),
+        ([{"instruction": "\ud83d"}], "item 1: text that is no Unicode"),  # half a character
     ],
 )
 def test_instructions_of_another_form_are_refused(rows, complaint, tmp_path):
