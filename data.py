@@ -805,8 +805,9 @@ def collate(pairs: list[Pair], one_row: bool = True) -> dict[str, Tensor]:
     One row a pair, prompt + chosen + rejected; two, of one response each, for models that take no such mask.
     R rows, T tokens of the longest, K predicting positions. Rejected may be empty (SFT).
 
-    input_ids, position_ids   [R, T]
-    attention_mask            [R, 1, T, T] bool, True = may attend; for plain rows [R, T], no position_ids
+    input_ids, position_ids   [R, T]; of plain rows no position_ids
+    part                      [R, T]: 0 prompt, 1 chosen, 2 rejected, -1 padding; for may_attend
+    attention_mask            [R, T] bool; of plain rows, in place of part
     positions                 [K], in rows that follow one another: where the next token is a response token
     target, owner             [K, 2]: the response tokens predicted there, and whose they are: 2 b of chosen,
                               2 b + 1 of rejected of pair b. The prompt's last position predicts the first of
@@ -844,11 +845,15 @@ def collate(pairs: list[Pair], one_row: bool = True) -> dict[str, Tensor]:
     batch["lengths"] = torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in pairs])
     if not one_row:
         return batch | {"attention_mask": part >= 0}
-    visible = (part[:, None] == 0) | (part[:, None] == part[:, :, None])  # prompt, own side: [R, T, T]
     position = torch.arange(part.shape[1]) - (part == 2) * batch["lengths"][:, :1]  # rejected's restart
-    batch["position_ids"] = position * (part >= 0)
-    batch["attention_mask"] = visible.tril()[:, None]
-    return batch
+    return batch | {"part": part, "position_ids": position * (part >= 0)}
+
+
+def may_attend(part: Tensor) -> Tensor:
+    """The mask of rows that hold the prompt once, [R, T] -> [R, 1, T, T] bool: a token sees those before it,
+    of the prompt and of its own side. Made on part's device, as a GPU would wait for the CPU's."""
+    visible = (part[:, None] == 0) | (part[:, None] == part[:, :, None])  # [R, T, T]
+    return visible.tril()[:, None]
 
 
 # --------------------------------------------------------------------------------------- built-in preferences

@@ -565,7 +565,8 @@ def margins_of(run: Run, pairs: list[data.Pair]) -> dict[str, Tensor]:
     for label in run.models:
         model = load(run, label)
         lm.check_pairs(model, pairs)
-        scores = lm.score_pairs(model, pairs, mean=mean, label=f"{run.folder.name} {label}").double()
+        tokens = 2048 if lm.choose_device().type == "cpu" else 16_384
+        scores = lm.score_pairs(model, pairs, tokens, mean, f"{run.folder.name} {label}").double()
         margins[label] = scores[:, 0] - scores[:, 1]
     return margins
 
@@ -1076,7 +1077,7 @@ def main() -> None:
     args = parse()
     try:
         args.command(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"evaluate.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("evaluate.py: stopped; the same command goes on")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import BUILTIN, Pair, collate, end_token, micro_batches, write_whole
+from data import BUILTIN, Pair, collate, end_token, may_attend, micro_batches, write_whole
 
 LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}  # in float32: little memory on a CPU, few kernels on a GPU
 BUILTIN_VOCABULARY = 640
@@ -48,7 +48,9 @@ def choose_device() -> torch.device:
     torch.cuda.set_device(device)
     # cuDNN's attention with an explicit mask gives NaN gradients at some row lengths (pytorch#196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # TF32 stays off: autocast leaves little but rotary angles in float32, and it would round those.
+    # No TF32, also where the environment asks for it: autocast leaves little but rotary angles in float32,
+    # and it would round those.
+    torch.backends.cuda.matmul.allow_tf32 = False
     return device
 
 
@@ -248,6 +250,8 @@ def sequence_logps(
     if device.type == "cuda":  # so that the copy goes on while kernels are queued
         batch = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    if "part" in batch:
+        inputs["attention_mask"] = may_attend(batch["part"])
 
     def at_responses(head: nn.Module, states: tuple[Tensor]) -> Tensor:
         """Let the output head see response positions only, [R, T, D] -> [K, D]."""
@@ -288,13 +292,18 @@ def score_pairs(
     device = next(model.parameters()).device
     one_row = takes_one_row(model, pairs)
     mine = range(rank, len(pairs), world)
-    scores = torch.full((len(pairs), 2), -torch.inf, device=device)  # a pair that nobody scores is an error
+    order = []
+    found = []
     with tqdm(total=len(pairs), desc=label, unit="pair", disable=rank > 0 or not label) as bar:
         for group in micro_batches([pairs[i] for i in mine], micro_batch_tokens, one_row):
             index = [mine[i] for i in group]
             batch = collate([pairs[i] for i in index], one_row)
-            scores[index] = sequence_logps(model, batch, mean)
+            found.append(sequence_logps(model, batch, mean))
+            order += index
             bar.update(len(index) * world)
+    scores = torch.full((len(pairs), 2), -torch.inf, device=device)  # a pair that nobody scores is an error
+    if found:  # put in their places at once: each time would wait for the GPU
+        scores[order] = torch.cat(found)
     if world > 1:
         dist.all_reduce(scores, dist.ReduceOp.MAX)
     bad = (~scores.isfinite()).any(dim=1).nonzero().flatten().tolist()

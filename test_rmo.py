@@ -603,7 +603,8 @@ def bytes_kept(model, tokens):
 
     third = [1] * (tokens // 3)
     batch = data.collate([data.Pair(third, third, third, "", {})])
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    inputs["attention_mask"] = data.may_attend(batch["part"])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
         states = model.base_model(**inputs, use_cache=False)  # while it lives, so does what was kept
     del states
@@ -1776,7 +1777,7 @@ def test_collate_by_hand():
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]] and batch["position_ids"].tolist() == [
         [0, 1, 2, 3, 2]
     ]
-    assert batch["attention_mask"][0, 0].int().tolist() == [
+    assert data.may_attend(batch["part"])[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1],
     ]  # fmt: skip
     assert batch["positions"].tolist() == [1, 2] and batch["lengths"].tolist() == [[2, 1]]
@@ -2615,6 +2616,15 @@ def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_when_there_is_space
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json"}
     assert equal(weights(run(tmp_path / "run")), weights(whole_run))
+
+
+def test_out_of_memory_is_said_in_one_line_with_the_remedy(tmp_path, monkeypatch):
+    def rmo(settings):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train, "rmo", rmo)
+    with pytest.raises(SystemExit, match=r"Tried to allocate 2.00 GiB. -- lower --micro_batch_tokens"):
+        main(*flags_of(output_dir=tmp_path / "run"))
 
 
 def test_equal_margins_give_an_error_or_a_result_and_no_nan(tmp_path, monkeypatch, capsys):
@@ -3539,6 +3549,8 @@ def test_command_exits_with_one_line():
 # RMO_CUDA=1 runs these on a GPU; RMO_CUDA=cpu tries the tests themselves on a CPU.
 GPU = torch.device("cpu" if os.environ.get("RMO_CUDA") == "cpu" else "cuda")
 cuda = pytest.mark.skipif(not CUDA, reason="wants a GPU: RMO_CUDA=1 pytest -q -k cuda")
+if CUDA:
+    lm.choose_device()  # without cuDNN's attention and TF32, as everywhere
 
 
 def scores_and_gradients(model, pairs, device, exact):
@@ -3570,7 +3582,6 @@ def test_cuda_gives_the_cpus_scores_and_gradients(kind, capsys):
 @cuda
 @pytest.mark.parametrize("length", [64, 192, 704])
 def test_cuda_has_no_nan_at_row_lengths_where_cudnns_attention_does(length):
-    lm.choose_device()
     model = lm.builtin_model(0).to(GPU)
     ids = torch.randint(5, 600, (4, length), generator=seeded()).tolist()
     third = length // 3

@@ -263,7 +263,7 @@ def fit(
 
         # Update
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=world == 1)  # DDP's gradients stay in its buckets, once in memory
 
         # Log
         if stage == "policy" and rank == 0:
@@ -677,8 +677,10 @@ def main() -> None:
             words = words_of(Path(words[0]))
         (s,) = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
         if "LOCAL_RANK" in os.environ:
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(hours=2))  # a large model takes long to write
+            on_gpu = device.type == "cuda"
+            timeout = timedelta(hours=2)  # a large model takes long to write
+            backend = "nccl" if on_gpu else "gloo"
+            dist.init_process_group(backend, timeout=timeout, device_id=device if on_gpu else None)
         if is_finished(s):
             say(f"{s.output_dir} is finished: nothing is trained")
         else:
@@ -689,6 +691,9 @@ def main() -> None:
             dist.destroy_process_group()
     except (ValueError, OSError, SafetensorError, yaml.YAMLError) as error:
         sys.exit(f"train.py: error: {error}")
+    except torch.OutOfMemoryError as error:
+        remedy = "lower --micro_batch_tokens, or give --gradient_checkpointing or --lora_rank"
+        sys.exit(f"train.py: error: {error} -- {remedy}")
 
 
 def words_of(path: Path) -> list[str]:
