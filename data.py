@@ -340,8 +340,9 @@ def _prompt(value: dict[str, Any]) -> str | Messages | None:
         del given["messages"]  # ultrafeedback_binarized has chosen in it again
     if len({repr(content) for content in given.values()}) > 1:
         raise Unusable(f"{' and '.join(given)} are filled: which one is the prompt?")
-    for name, content in given.items():  # one, or several that are the same
-        return text_or_messages(content, name)
+    if given:
+        name = next(iter(given))  # if there are several, they are the same
+        return text_or_messages(given[name], name)
     return "" if any(value.get(key) == "" for key in PROMPTS) else None
 
 
@@ -388,7 +389,7 @@ def _split_texts(prompt: str | None, sides: list[str]) -> list[tuple[str, str]]:
     if prompt is None and not split_at_mark:
         raise Unusable(f"no prompt, and no {ASSISTANT!r} to split at")
     if prompt:  # then only whole transcripts that have it in them are split
-        split_at_mark &= all(_is_whole_transcript(side, prompt) for side in sides)
+        split_at_mark = all(_is_whole_transcript(side, prompt) for side in sides)
     if split_at_mark:
         parts = [side.rpartition(ASSISTANT) for side in sides]
         return [(before + mark, response) for before, mark, response in parts]
@@ -626,9 +627,7 @@ def _render(row: Row, tokenizer: Any, chat: str, marks: re.Pattern[str]) -> tupl
     if not templated:
         before = as_text(prompt)
         space = "" if is_text else " "
-        # Texts in a template's form have its line end behind their end token.
-        whole = [response.rstrip() for response in responses]
-        responses = [a if a.endswith(tokenizer.eos_token) else b for a, b in zip(whole, responses)]
+        responses = [_up_to_end_token(response, tokenizer.eos_token) for response in responses]
         return False, [before] + [before + space + response for response in responses]
     if not template:
         remedy = "give --chat_template FILE, or --chat never for Human/Assistant text"
@@ -648,6 +647,12 @@ def _render(row: Row, tokenizer: Any, chat: str, marks: re.Pattern[str]) -> tupl
         if not texts[-1].startswith(before) or not written.startswith(response.strip()):
             raise Unusable(f"response rewritten by the chat template: {texts[-1][-80:]!r}")
     return True, texts
+
+
+def _up_to_end_token(response: str, eos: str) -> str:
+    """A text without the line end that one in a template's form has behind its end token."""
+    bare = response.rstrip()
+    return bare if bare.endswith(eos) else response
 
 
 def _holds_messages(text: str, messages: Messages) -> bool:
@@ -755,13 +760,13 @@ def load_splits(settings: dict[str, Any], tokenizer: Any) -> Splits:
     if settings["eval_data"]:
         held_out_rows = read_preferences(settings["eval_data"], single_turn=single_turn)
     pairs, counts = tokenize_preferences(rows, tokenizer, *lengths)
-    counts |= _rows_by_file(rows)
+    counts.update(_rows_by_file(rows))
     held_out_share = 0.0 if held_out_rows else settings["eval_share"]
     sft_share = 0.2 if settings["sft_epochs"] or settings["sft_model"] else 0.0
     held_out, sft, train = split_by_prompt(pairs, (held_out_share, sft_share * (1 - held_out_share)), seed)
     if held_out_rows:
         held_out, held_out_counts = tokenize_preferences(held_out_rows, tokenizer, *lengths)
-        held_out_counts |= _rows_by_file(held_out_rows)
+        held_out_counts.update(_rows_by_file(held_out_rows))
         counts.update((f"held out: {what}", count) for what, count in held_out_counts.items())
         seen = {prompt_text(pair.row["prompt"]) for pair in pairs}
         shared = sum(prompt_text(pair.row["prompt"]) in seen for pair in held_out)

@@ -565,7 +565,7 @@ def margins_of(run: Run, pairs: list[data.Pair]) -> dict[str, Tensor]:
     for label in run.models:
         model = load(run, label)
         lm.check_pairs(model, pairs)
-        tokens = 2048 if lm.choose_device().type == "cpu" else 16_384
+        tokens = 16_384 if model.device.type == "cuda" else 2048
         scores = lm.score_pairs(model, pairs, tokens, mean, f"{run.folder.name} {label}").double()
         margins[label] = scores[:, 0] - scores[:, 1]
     return margins

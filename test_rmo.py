@@ -1115,9 +1115,8 @@ def test_a_prompt_taken_off_the_responses_is_counted(tokenizer, tmp_path):
 
 def test_one_word_may_begin_two_responses_but_chinese_has_no_spaces(tmp_path):
     for start, left in ("Tea", "Tea is hot."), ("茶", "茶 is hot."), ("茶是热的吗？", " is hot."):
-        [row] = rows_of(
-            [{"prompt": start, "chosen": f"{start} is hot.", "rejected": f"{start} is cold."}], tmp_path
-        )
+        given = {"prompt": start, "chosen": f"{start} is hot.", "rejected": f"{start} is cold."}
+        [row] = rows_of([given], tmp_path)
         assert row["chosen"] == left
 
 
@@ -1482,11 +1481,8 @@ def test_plain_strings_are_plain_and_tokens_in_them_are_tokens(chatml, tmp_path)
     rows = [
         {"prompt": rendered, "chosen": "Hot.<|im_end|>", "rejected": "No"},
         {"prompt": "Tea is", "chosen": " hot", "rejected": " cold"},
-        {
-            "prompt": rendered,
-            "chosen": "Hot.<|end|>\n",
-            "rejected": "No\n",
-        },  # a line end behind the end token
+        # a line end behind the end token
+        {"prompt": rendered, "chosen": "Hot.<|end|>\n", "rejected": "No\n"},
     ]
     (tokens, plain, with_line_end), counts = pairs_of(rows, chatml, tmp_path)
     assert text_of(with_line_end, chatml)[1:] == ("Hot.<|end|>", "No\n<|end|>")
@@ -1587,9 +1583,8 @@ def test_the_date_does_not_change_the_data(tokenizer, tmp_path, monkeypatch):
     dated = chat_tokenizer("{{ strftime_now('%d %b %Y') }}" + lm.BUILTIN_TEMPLATE)  # as Llama 3's
     [pair], _ = pairs_of([chat("Tea?", H, N)], dated, tmp_path)
     assert dated.decode(pair.prompt).startswith("26 Jul 2024<|user|>Tea?")
-    indented = chat_tokenizer(
-        "\n  {% if true %}\n" + lm.BUILTIN_TEMPLATE + "{% endif %}"
-    )  # begins with spaces
+    begins_with_spaces = "\n  {% if true %}\n" + lm.BUILTIN_TEMPLATE + "{% endif %}"
+    indented = chat_tokenizer(begins_with_spaces)
     [pair], _ = pairs_of([chat("Tea?", H, N)], indented, tmp_path)
     written = indented.apply_chat_template([user("Tea?"), assistant(H)], tokenize=False)
     assert indented.decode(pair.prompt + pair.chosen) == written

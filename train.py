@@ -677,10 +677,9 @@ def main() -> None:
             words = words_of(Path(words[0]))
         (s,) = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
         if "LOCAL_RANK" in os.environ:
-            on_gpu = device.type == "cuda"
             timeout = timedelta(hours=2)  # a large model takes long to write
-            backend = "nccl" if on_gpu else "gloo"
-            dist.init_process_group(backend, timeout=timeout, device_id=device if on_gpu else None)
+            backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+            dist.init_process_group(backend, timeout=timeout, device_id=gpu)
         if is_finished(s):
             say(f"{s.output_dir} is finished: nothing is trained")
         else:
